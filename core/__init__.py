@@ -1,0 +1,1 @@
+"""The defense engine: PyTorch in, PyTorch out. Knows no HTTP, no SQL, no queue and no settings."""

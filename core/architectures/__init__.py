@@ -1,0 +1,5 @@
+"""The architectures the engine can rebuild from a checkpoint: one file a family, found by walking this folder."""
+
+from core.architectures.recognise import Architecture, recognise
+
+__all__ = ["Architecture", "recognise"]

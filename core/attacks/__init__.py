@@ -1,0 +1,1 @@
+"""Attacks: one file each; each declares its parameters and stamps its trigger."""

@@ -1,0 +1,204 @@
+"""The catalogue: how a file with a `Params` class and a `run` function becomes a public method.
+
+Everything else (validation, OpenAPI, `GET /v1/methods`, CLI options, docs, registry-driven tests) follows from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated, Any, Union
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+from core.classifier import Classifier
+from core.images import ImageSet
+from core.run import Run
+
+
+class Kind(StrEnum):
+    """What a method takes and gives."""
+
+    INSPECT = "inspect"
+    PURIFY = "purify"
+    CLEANSE = "cleanse"
+    TRAIN = "train"
+    ATTACK = "attack"
+
+
+class Need(StrEnum):
+    """What a method cannot do without."""
+
+    MODEL = "model"
+    CLEAN_IMAGES = "clean_images"
+    CLEAN_LABELS = "clean_labels"
+    SUSPECT_DATASET = "suspect_dataset"
+
+
+class Params(BaseModel):
+    """Base of every method's parameters: unknown keys and wrong types are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_lax_numbers(cls, data: Any) -> Any:
+        """Refuse `true` and `"0.4"` where a number is meant; pydantic's strict mode would refuse the integer 4.0 too."""
+        if isinstance(data, dict):
+            for name, info in cls.model_fields.items():
+                value = data.get(name)
+                kinds = {info.annotation, *typing.get_args(info.annotation)}
+                if isinstance(value, (bool, str)) and kinds & {int, float} and type(value) not in kinds and "Literal" not in str(kinds):
+                    raise ValueError(f"{name} must be a number, not {type(value).__name__}")
+        return data
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a method works on.
+
+    Attributes:
+        model: the suspect classifier on the run's device.
+        clean: trusted images on the run's device.
+        suspect: the untrusted training set.
+        watch: called with the model while it changes; reports BA and ASR on a fixed sample when they can be measured.
+    """
+
+    model: Classifier | None = None
+    clean: ImageSet | None = None
+    suspect: ImageSet | None = None
+    watch: Callable[[Classifier], None] = lambda model: None
+
+
+@dataclass
+class Outcome:
+    """What a method hands back.
+
+    Attributes:
+        model: the purified or trained classifier.
+        findings: JSON: target, triggers, verdict, loss curves …
+        triggers: recovered triggers worth a picture: {label: (mask (H, W), pattern (C, H, W))}.
+    """
+
+    model: Classifier | None = None
+    findings: dict[str, Any] = field(default_factory=dict)
+    triggers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One public method.
+
+    Attributes:
+        name: the file's name; what `method` says in a request.
+        kind: the folder's name.
+        title, summary, paper: for people.
+        needs: what a job must bring.
+        params: the parameter class.
+        run: `run(run, inputs, params) -> Outcome`; an attack's is `stamp(images, params) -> images`.
+    """
+
+    name: str
+    kind: Kind
+    title: str
+    summary: str
+    paper: str
+    needs: tuple[Need, ...]
+    params: type[Params]
+    run: Callable[..., Any]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the JSON form of the declaration."""
+        schema = self.params.model_json_schema()
+        defaults = {name: info.default for name, info in self.params.model_fields.items() if not info.is_required()}
+        return {
+            "name": self.name,
+            "kind": self.kind.value,
+            "title": self.title,
+            "summary": self.summary,
+            "paper": self.paper,
+            "needs": [need.value for need in self.needs],
+            "params_schema": schema,
+            "defaults": TypeAdapter(dict[str, Any]).dump_python(defaults, mode="json"),
+        }
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def defense(*, title: str, paper: str, needs: tuple[Need, ...]) -> Callable[[Callable[[Run, Inputs, Any], Outcome]], Any]:
+    """Register `run(run, inputs, params)` of a file under `core/defenses/KIND/` as a method.
+
+    The kind is the folder, the name is the file, the parameters are the class annotated on `params`.
+    """
+
+    def register(function: Callable[[Run, Inputs, Any], Outcome]) -> Callable[[Run, Inputs, Any], Outcome]:
+        _register(function, kind=Kind(function.__module__.split(".")[-2]), title=title, paper=paper, needs=needs)
+        return function
+
+    return register
+
+
+def attack(*, title: str, paper: str) -> Callable[[Callable[[torch.Tensor, Any], torch.Tensor]], Any]:
+    """Register `stamp(images, params)` of a file under `core/attacks/`: uint8 (N, C, H, W) in and out.
+
+    The parameters must have `target`, the class the attack leads to.
+    """
+
+    def register(function: Callable[[torch.Tensor, Any], torch.Tensor]) -> Callable[[torch.Tensor, Any], torch.Tensor]:
+        _register(function, kind=Kind.ATTACK, title=title, paper=paper, needs=())
+        return function
+
+    return register
+
+
+def methods() -> dict[str, Method]:
+    """Return every method by name, defenses and attacks."""
+    _discover()
+    return dict(sorted(_METHODS.items()))
+
+
+def defenses() -> dict[str, Method]:
+    """Return the defenses by name."""
+    return {name: method for name, method in methods().items() if method.kind is not Kind.ATTACK}
+
+
+def attacks() -> dict[str, Method]:
+    """Return the attacks by name."""
+    return {name: method for name, method in methods().items() if method.kind is Kind.ATTACK}
+
+
+def union(found: dict[str, Method]) -> Any:
+    """Return the pydantic type of "any of these methods with its parameters", told apart by `method`."""
+    classes = tuple(method.params for method in found.values())
+    return Annotated[Union[classes], Field(discriminator="method")] if len(classes) > 1 else classes[0]
+
+
+def validate(found: dict[str, Method], value: Any) -> Params:
+    """Return the parameters `value` describes; raises pydantic's `ValidationError`."""
+    params: Params = TypeAdapter(union(found)).validate_python(value)
+    return params
+
+
+def _register(function: Callable[..., Any], *, kind: Kind, title: str, paper: str, needs: tuple[Need, ...]) -> None:
+    name = function.__module__.rsplit(".", 1)[-1]
+    if name in _METHODS:
+        raise ValueError(f"two methods are called {name!r}")
+    params = typing.get_type_hints(function)["params"]
+    summary = (inspect.getdoc(function) or "").split("\n", 1)[0]
+    _METHODS[name] = Method(name, kind, title, summary, paper, needs, params, function)
+
+
+@functools.cache
+def _discover() -> None:
+    for package_name in ("core.attacks", "core.defenses"):
+        package = importlib.import_module(package_name)
+        for module in pkgutil.walk_packages(package.__path__, f"{package_name}."):
+            importlib.import_module(module.name)

@@ -1,0 +1,1 @@
+"""The defenses, by kind; one file a method."""

@@ -1,0 +1,1 @@
+"""An untrusted dataset in, a cleansed one out."""

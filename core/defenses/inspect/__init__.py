@@ -1,0 +1,1 @@
+"""Is this model backdoored, towards which class, by what trigger."""

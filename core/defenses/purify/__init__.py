@@ -1,0 +1,1 @@
+"""A model and a few clean images in, a purified model out."""

@@ -1,0 +1,1 @@
+"""An untrusted dataset in, a model trained safely on it out."""

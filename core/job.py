@@ -1,0 +1,203 @@
+"""One job from its description to its report: load, measure, defend, measure, write."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from core import catalog, evaluation, report, weights
+from core.catalog import Inputs, Need, Outcome, Params
+from core.classifier import Classifier, Preprocessing
+from core.errors import BadDataset, BadJob
+from core.images import ImageSet
+from core.inversion import stamp
+from core.run import Run
+
+Channels = Annotated[list[float], Field(min_length=1, max_length=16)]
+
+
+class PreprocessingSpec(BaseModel):
+    """How the model wants its images: `(pixel / 255 - mean) / std`, one number a channel."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    mean: Channels
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1, max_length=16)]
+
+
+class EvaluationSpec(BaseModel):
+    """What to measure with: a labelled clean test set and, if it is known, the attack."""
+
+    model_config = ConfigDict(extra="forbid")
+    test: str
+    attack: dict[str, Any] | None = None
+
+
+class JobSpec(BaseModel):
+    """`job.json`: what to do; paths are relative to the job's folder.
+
+    Attributes:
+        defense: `{"method": …, …params}`.
+        model: the safetensors file of the suspect model.
+        clean: the folder of the clean images.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    defense: dict[str, Any]
+    model: str
+    clean: str
+    evaluation: EvaluationSpec | None = None
+    architecture: str | None = None
+    preprocessing: PreprocessingSpec | None = None
+    seed: int = 0
+    device: str = "auto"
+    checkpoint_seconds: float = 20.0
+
+
+def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
+    """Carry out a job and return its report, which is also written to `out/report.json`.
+
+    Raises `EngineError` for everything a user can do something about, `Cancelled` when told to stop.
+    """
+    started = time.monotonic()
+    method = catalog.defenses().get(str(spec.defense.get("method")))
+    if method is None:
+        raise BadJob(f"there is no method {spec.defense.get('method')!r}", f"Methods: {', '.join(catalog.defenses())}.")
+    params = catalog.validate({method.name: method}, spec.defense)
+    attack = catalog.validate(catalog.attacks(), spec.evaluation.attack) if spec.evaluation and spec.evaluation.attack else None
+
+    run.phase("loading")
+    clean = ImageSet.load(folder / spec.clean)
+    given = spec.preprocessing
+    preprocessing = Preprocessing(tuple(given.mean), tuple(given.std)) if given else None
+    tensors = weights.read(folder / spec.model)
+    model, recognition = weights.identify(tensors, clean, architecture=spec.architecture, preprocessing=preprocessing)
+    run.log(f"recognised {recognition.architecture.name} with {recognition.preprocessing.name} preprocessing", **recognition.as_dict())
+    if not recognition.decided:
+        run.warn("the preprocessing is a close call; give `preprocessing` if you know it", scores=recognition.as_dict()["scores"][:3])
+    model = model.to(run.device)
+    clean, test, measured_on = _datasets(run, spec, folder, clean, model, method.needs)
+    if attack is not None and attack.target >= model.classes:  # type: ignore[attr-defined]
+        raise BadJob(f"the attack's target is not one of the model's {model.classes} classes", "Classes count from 0.")
+    if getattr(params, "target", None) is not None and params.target >= model.classes:  # type: ignore[attr-defined]
+        raise BadJob(f"target {params.target} is not one of the model's {model.classes} classes", "Classes count from 0.")  # type: ignore[attr-defined]
+
+    run.phase("evaluating_before")
+    before = run.once("before", lambda: evaluation.evaluate(model, test, attack)) if test is not None else None
+    _announce(run, "before", before)
+
+    run.phase("defending")
+    inputs = Inputs(model=model, clean=clean.to(run.device), watch=_watcher(run, test, attack))
+    outcome: Outcome = method.run(run, inputs, params)
+
+    after = None
+    if outcome.model is not None and test is not None:
+        run.phase("evaluating_after")
+        purified = outcome.model
+        after = run.once("after", lambda: evaluation.evaluate(purified, test, attack))
+        _announce(run, "after", after)
+
+    run.phase("reporting")
+    report.draw_triggers(run, outcome.triggers, clean.to(run.device))
+    summary: dict[str, Any] = {
+        "kind": method.kind.value,
+        "method": method.name,
+        "paper": method.paper,
+        "params": params.model_dump(mode="json"),
+        "seed": run.seed,
+        "recognised": recognition.as_dict(),
+        "measured_on": measured_on,
+        "attack": attack.model_dump(mode="json") if attack is not None else None,
+        "before": before,
+        "after": after,
+        "der": evaluation.defense_effectiveness(before, after) if before and after else None,
+        "estimated": _estimate(model, outcome, inputs),
+        "findings": outcome.findings,
+        "inputs": {"model_sha256": report.sha256(folder / spec.model), "clean_images": len(clean)},
+        "versions": report.versions(),
+        "device": str(run.device),
+    }
+    if outcome.model is not None:
+        path = run.artifact("model.safetensors", kind="cleaned_model", media_type="application/octet-stream")
+        weights.save(outcome.model, path)
+        summary["model"] = {"sha256": report.sha256(path), "bytes": path.stat().st_size}
+    summary["seconds"] = round(time.monotonic() - started, 3)
+    report.write(run, summary)
+    return summary
+
+
+def _datasets(
+    run: Run, spec: JobSpec, folder: Path, clean: ImageSet, model: Classifier, needs: tuple[Need, ...]
+) -> tuple[ImageSet, ImageSet | None, str | None]:
+    """Return the clean images, the labelled test images (if any) and what the test images are."""
+    if not len(clean):
+        raise BadDataset("the clean data set is empty", "Upload at least a few images of every class.")
+    _check_classes(clean, model, "clean")
+    if spec.evaluation is not None:
+        test = ImageSet.load(folder / spec.evaluation.test)
+        if test.labels is None:
+            raise BadDataset("the test set has no labels", "Upload it as a folder a class, or with a `labels` array.")
+        _check_classes(test, model, "test")
+        if test.images.shape[1:] != clean.images.shape[1:]:
+            raise BadDataset(
+                f"test images are {tuple(test.images.shape[1:])}, clean images {tuple(clean.images.shape[1:])} (C, H, W)",
+                "Use images of one size and one number of channels.",
+            )
+        return clean, test, "test set"
+    if clean.labels is None or len(clean) < 10 * model.classes:
+        return clean, None, None
+    # Without a test set a tenth of the clean images is kept from the method and measured on.
+    order = torch.randperm(len(clean), generator=run.generator("hold out"))
+    cut = len(clean) // 10
+    return clean.subset(order[cut:]), clean.subset(order[:cut]), "a tenth of the clean images, kept aside"
+
+
+def _check_classes(data: ImageSet, model: Classifier, role: str) -> None:
+    if data.labels is not None and data.classes != model.classes and (data.class_names or data.classes > model.classes):
+        raise BadDataset(
+            f"the {role} data set has {data.classes} classes, the model {model.classes}",
+            "Upload images of exactly the model's classes; class folders in alphabetical order are labels 0, 1, ….",
+        )
+
+
+def _announce(run: Run, when: str, measured: dict[str, Any] | None) -> None:
+    for name in ("ba", "ba_excluding_target", "asr", "pa"):
+        if measured and name in measured:
+            run.metric(name, measured[name]["value"], when=when, **{k: measured[name][k] for k in ("hits", "n", "low", "high")})
+
+
+def _watcher(run: Run, test: ImageSet | None, attack: Params | None) -> Any:
+    """Return a function that reports BA and ASR on a fixed sample of 500 test images while a method works."""
+    if test is None:
+        return lambda model: None
+    sample = test.sample(500, run.generator("watch")).to(run.device)
+
+    def watch(model: Classifier) -> None:
+        measured = evaluation.evaluate(model, sample, attack, mixed=True)
+        for name in ("ba", "asr"):
+            if name in measured:
+                run.metric(name, measured[name]["value"], when="during", n=measured[name]["n"])
+
+    return watch
+
+
+def _estimate(model: Classifier, outcome: Outcome, inputs: Inputs) -> dict[str, Any] | None:
+    """Return how often each recovered trigger still works: an estimate, never mixed with a measured ASR."""
+    if not outcome.triggers or inputs.clean is None:
+        return None
+    sample = inputs.clean.images[:1000].float().div(255)
+    found: dict[str, Any] = {}
+    for label, (mask, pattern) in outcome.triggers.items():
+        stamped = stamp(sample, mask, pattern).clamp(0, 1).mul(255).round().to(torch.uint8)
+        rates = {}
+        for when, classifier in (("before", model), ("after", outcome.model)):
+            if classifier is not None:
+                predicted = evaluation.predict(classifier, stamped, mixed=True)
+                rates[when] = evaluation.rate(int((predicted == label).sum()), len(predicted))
+        found[str(label)] = rates
+    return {"recovered_trigger_success": found}
+
+

@@ -1,0 +1,119 @@
+"""The one training loop: epochs, schedule, mixed precision, progress, checkpoint, resume."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.augment import Augment, none
+from core.errors import Diverged
+from core.images import ImageSet, as_floats
+from core.run import Run
+
+Loss = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+Schedule = Callable[[float], float]
+
+
+def mixed_precision(device: torch.device, *, enabled: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """Return bf16 autocast where the hardware multiplies bf16 natively, else a context that does nothing."""
+    if device.type == "cuda":
+        capable = torch.cuda.is_bf16_supported()
+    else:
+        capable = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not (enabled and capable):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def batches(count: int, size: int, generator: torch.Generator | None) -> Iterator[torch.Tensor]:
+    """Yield index tensors that cover 0..count-1 once, shuffled when a generator is given; the last may be short."""
+    order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
+    yield from order.split(size)
+
+
+def steps(*marks: tuple[int, float]) -> Schedule:
+    """Return a schedule from (first epoch, learning rate) marks: `steps((0, .1), (1, .01), (10, .001))`."""
+
+    def rate(epoch: float) -> float:
+        return [value for first, value in marks if first <= epoch][-1]
+
+    return rate
+
+
+def one_cycle(epochs: int, peak: float, warm: float = 0.25) -> Schedule:
+    """Return a linear rise to `peak` over the first share `warm` of training and a linear fall to zero after it."""
+
+    def rate(epoch: float) -> float:
+        done = epoch / epochs
+        return peak * (done / warm if done < warm else max(1 - (done - warm) / (1 - warm), 0.0))
+
+    return rate
+
+
+def fit(
+    run: Run,
+    name: str,
+    *,
+    data: ImageSet,
+    loss: Loss,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    epochs: int,
+    batch_size: int,
+    augment: Augment = none,
+    prepare: Callable[[], object] = lambda: None,
+    after_epoch: Callable[[int], None] = lambda epoch: None,
+    mixed: bool = True,
+) -> list[float]:
+    """Minimise `loss(images, labels)` over `data` as a resumable stage; return each epoch's mean loss.
+
+    Args:
+        name: the stage's name.
+        data: images on the run's device; labels may be None.
+        loss: receives float images in [0, 1] (after augmentation) and labels; returns a scalar.
+        network: what the optimizer changes; its state is checkpointed.
+        schedule: the learning rate at an epoch (fractions of an epoch within it).
+        prepare: sets train and eval modes; called before each epoch.
+        after_epoch: called with the 1-based epoch, in whatever mode `prepare` set.
+
+    Raises:
+        Diverged: when the loss or a weight is no longer finite.
+    """
+    history: dict[str, list[float]] = {"loss": []}
+    generator = run.generator(name)
+    for epoch in run.stage(name, total=epochs, network=network, optimizer=optimizer, generator=generator, history=history):
+        prepare()
+        total = torch.zeros((), device=run.device)
+        per_epoch = -(-len(data) // batch_size)
+        for index, chosen in enumerate(batches(len(data), batch_size, generator)):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(epoch + index / per_epoch)
+            chosen = chosen.to(run.device)
+            images = as_floats(augment(data.images[chosen], generator))
+            labels = None if data.labels is None else data.labels[chosen]
+            with mixed_precision(run.device, enabled=mixed):
+                value = loss(images, labels)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+            total += value.detach() * len(chosen)
+        mean = float(total) / len(data)
+        if not mean == mean or mean in (float("inf"), float("-inf")) or not finite(network):
+            raise Diverged(
+                f"{name}: the loss or a weight became NaN or infinite in epoch {epoch + 1}",
+                "Use a lower learning rate, or check that the images are what the model was trained on.",
+            )
+        history["loss"].append(mean)
+        run.metric(f"{name} loss", mean, epoch=epoch + 1)
+        after_epoch(epoch + 1)
+    return history["loss"]
+
+
+def finite(network: nn.Module) -> bool:
+    """Say whether every parameter and buffer is finite."""
+    return all(bool(torch.isfinite(value).all()) for value in network.state_dict().values())
