@@ -1,4 +1,5 @@
-"""The catalogue: how a file with a `Params` class and a `run` function becomes a public method.
+"""
+The catalogue: how a file with a `Params` class and a `run` function becomes a public method.
 
 Everything else (validation, OpenAPI, `GET /v1/methods`, CLI options, docs, registry-driven tests) follows from it.
 """
@@ -8,12 +9,13 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import operator
 import pkgutil
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any, Union
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
@@ -62,7 +64,8 @@ class Params(BaseModel):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a method works on.
+    """
+    What a method works on.
 
     Attributes:
         model: the suspect classifier on the run's device.
@@ -79,7 +82,8 @@ class Inputs:
 
 @dataclass
 class Outcome:
-    """What a method hands back.
+    """
+    What a method hands back.
 
     Attributes:
         model: the purified or trained classifier.
@@ -94,7 +98,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Method:
-    """One public method.
+    """
+    One public method.
 
     Attributes:
         name: the file's name; what `method` says in a request.
@@ -134,7 +139,8 @@ _METHODS: dict[str, Method] = {}
 
 
 def defense(*, title: str, paper: str, needs: tuple[Need, ...]) -> Callable[[Callable[[Run, Inputs, Any], Outcome]], Any]:
-    """Register `run(run, inputs, params)` of a file under `core/defenses/KIND/` as a method.
+    """
+    Register `run(run, inputs, params)` of a file under `core/defenses/KIND/` as a method.
 
     The kind is the folder, the name is the file, the parameters are the class annotated on `params`.
     """
@@ -147,7 +153,8 @@ def defense(*, title: str, paper: str, needs: tuple[Need, ...]) -> Callable[[Cal
 
 
 def attack(*, title: str, paper: str) -> Callable[[Callable[[torch.Tensor, Any], torch.Tensor]], Any]:
-    """Register `stamp(images, params)` of a file under `core/attacks/`: uint8 (N, C, H, W) in and out.
+    """
+    Register `stamp(images, params)` of a file under `core/attacks/`: uint8 (N, C, H, W) in and out.
 
     The parameters must have `target`, the class the attack leads to.
     """
@@ -177,8 +184,8 @@ def attacks() -> dict[str, Method]:
 
 def union(found: dict[str, Method]) -> Any:
     """Return the pydantic type of "any of these methods with its parameters", told apart by `method`."""
-    classes = tuple(method.params for method in found.values())
-    return Annotated[Union[classes], Field(discriminator="method")] if len(classes) > 1 else classes[0]
+    classes: list[Any] = [method.params for method in found.values()]
+    return Annotated[functools.reduce(operator.or_, classes), Field(discriminator="method")] if len(classes) > 1 else classes[0]
 
 
 def validate(found: dict[str, Method], value: Any) -> Params:

@@ -37,7 +37,8 @@ class EvaluationSpec(BaseModel):
 
 
 class JobSpec(BaseModel):
-    """`job.json`: what to do; paths are relative to the job's folder.
+    """
+    `job.json`: what to do; paths are relative to the job's folder.
 
     Attributes:
         defense: `{"method": …, …params}`.
@@ -58,7 +59,8 @@ class JobSpec(BaseModel):
 
 
 def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
-    """Carry out a job and return its report, which is also written to `out/report.json`.
+    """
+    Carry out a job and return its report, which is also written to `out/report.json`.
 
     Raises `EngineError` for everything a user can do something about, `Cancelled` when told to stop.
     """
@@ -199,5 +201,3 @@ def _estimate(model: Classifier, outcome: Outcome, inputs: Inputs) -> dict[str, 
                 rates[when] = evaluation.rate(int((predicted == label).sum()), len(predicted))
         found[str(label)] = rates
     return {"recovered_trigger_success": found}
-
-

@@ -29,9 +29,11 @@ def mixed_precision(device: torch.device, *, enabled: bool = True) -> contextlib
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def batches(count: int, size: int, generator: torch.Generator | None) -> Iterator[torch.Tensor]:
-    """Yield index tensors that cover 0..count-1 once, shuffled when a generator is given; the last may be short."""
-    order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
+def batches(count: int, size: int, generator: torch.Generator, *, drop_last: bool = False) -> Iterator[torch.Tensor]:
+    """Yield shuffled index tensors that cover 0..count-1 once; `drop_last` leaves a short last one out."""
+    order = torch.randperm(count, generator=generator)
+    if drop_last and count > size:
+        order = order[: count - count % size]
     yield from order.split(size)
 
 
@@ -70,7 +72,8 @@ def fit(
     after_epoch: Callable[[int], None] = lambda epoch: None,
     mixed: bool = True,
 ) -> list[float]:
-    """Minimise `loss(images, labels)` over `data` as a resumable stage; return each epoch's mean loss.
+    """
+    Minimise `loss(images, labels)` over `data` as a resumable stage; return each epoch's mean loss.
 
     Args:
         name: the stage's name.
@@ -89,8 +92,10 @@ def fit(
     for epoch in run.stage(name, total=epochs, network=network, optimizer=optimizer, generator=generator, history=history):
         prepare()
         total = torch.zeros((), device=run.device)
-        per_epoch = -(-len(data) // batch_size)
-        for index, chosen in enumerate(batches(len(data), batch_size, generator)):
+        seen = 0
+        per_epoch = max(len(data) // batch_size, 1)
+        # A handful of left-over images would make a tenth of the BatchNorm statistics that the epoch ends with.
+        for index, chosen in enumerate(batches(len(data), batch_size, generator, drop_last=True)):
             for group in optimizer.param_groups:
                 group["lr"] = schedule(epoch + index / per_epoch)
             chosen = chosen.to(run.device)
@@ -102,7 +107,8 @@ def fit(
             value.backward()
             optimizer.step()
             total += value.detach() * len(chosen)
-        mean = float(total) / len(data)
+            seen += len(chosen)
+        mean = float(total) / seen
         if not mean == mean or mean in (float("inf"), float("-inf")) or not finite(network):
             raise Diverged(
                 f"{name}: the loss or a weight became NaN or infinite in epoch {epoch + 1}",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from core.architectures import Architecture, recognise
-from core.architectures.recognise import IGNORED
+from core.architectures.recognise import IGNORED, Shapes
 from core.classifier import Classifier, Preprocessing
 from core.errors import ArchitectureMismatch, ArchitectureUnknown, BadDataset, BadJob, BadWeights
 from core.images import ImageSet, as_floats
@@ -45,7 +45,8 @@ GREY = tuple(
 
 @dataclass(frozen=True)
 class Recognition:
-    """What a checkpoint turned out to be, and how sure that is.
+    """
+    What a checkpoint turned out to be, and how sure that is.
 
     Attributes:
         scores: BatchNorm-consistency scores of the candidates, best first: (architecture, preprocessing, score).
@@ -76,7 +77,8 @@ class Recognition:
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors intake wrote.
+    """
+    Read the tensors intake wrote.
 
     Raises `BadWeights` when the file is not safetensors or a value is not finite.
     """
@@ -93,31 +95,38 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def build(tensors: dict[str, torch.Tensor], architecture: Architecture, preprocessing: Preprocessing) -> Classifier:
-    """Rebuild the classifier.
+def contradictions(shapes: Shapes, architecture: Architecture) -> None:
+    """
+    Compare names and shapes with those of the architecture; no weight is allocated.
 
     Raises `ArchitectureMismatch` when a tensor is missing, left over or of another shape.
     """
-    network = architecture.build()
-    wanted = network.state_dict()
-    given = {architecture.ours(name): value for name, value in tensors.items() if not IGNORED.search(name)}
-    for name, value in wanted.items():
-        # Older checkpoints lack the counter; nothing in a forward pass reads it.
-        if name.endswith("num_batches_tracked"):
-            given.setdefault(name, value)
-    problems = [f"{name} is missing" for name in wanted if name not in given]
+    with torch.device("meta"):
+        wanted = {name: tuple(value.shape) for name, value in architecture.build().state_dict().items()}
+    given = {architecture.ours(name): tuple(shape) for name, shape in shapes.items() if not IGNORED.search(name)}
+    problems = [f"{name} is missing" for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
     problems += [f"{name} is left over" for name in given if name not in wanted]
-    problems += [
-        f"{name} has shape {list(given[name].shape)} instead of {list(wanted[name].shape)}"
-        for name in wanted
-        if name in given and given[name].shape != wanted[name].shape
-    ]
+    problems += [f"{name} has shape {list(given[name])} instead of {list(wanted[name])}" for name in wanted if name in given and given[name] != wanted[name]]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ArchitectureMismatch(
             f"the tensors look like {architecture.name} but contradict it: {'; '.join(problems[:8])}{more}",
             "Upload the state dict of an unmodified model of this architecture.",
         )
+
+
+def build(tensors: dict[str, torch.Tensor], architecture: Architecture, preprocessing: Preprocessing) -> Classifier:
+    """
+    Rebuild the classifier.
+
+    Raises `ArchitectureMismatch` when a tensor is missing, left over or of another shape.
+    """
+    contradictions({name: tuple(value.shape) for name, value in tensors.items()}, architecture)
+    network = architecture.build()
+    wanted = network.state_dict()
+    given = {architecture.ours(name): value for name, value in tensors.items()}
+    # Older checkpoints lack the counter; nothing in a forward pass reads it.
+    given = {name: given.get(name, value) for name, value in wanted.items()}
     network.load_state_dict({name: given[name].to(wanted[name].dtype) for name in wanted})
     return Classifier(network, architecture, preprocessing).eval()
 
@@ -129,7 +138,8 @@ def identify(
     architecture: str | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> tuple[Classifier, Recognition]:
-    """Recognise the architecture and, unless given, find the preprocessing by BatchNorm consistency.
+    """
+    Recognise the architecture and, unless given, find the preprocessing by BatchNorm consistency.
 
     Args:
         images: plausible inputs; up to 512 are used. Needed when anything has to be found out.
@@ -195,7 +205,8 @@ def _most_consistent(
 
 @torch.no_grad()
 def batchnorm_consistency(classifier: Classifier, images: torch.Tensor) -> float | None:
-    """Return how far the inputs of the BatchNorm layers are from their stored statistics; None without such layers.
+    """
+    Return how far the inputs of the BatchNorm layers are from their stored statistics; None without such layers.
 
     The mean over layers of `mean((mu - rm)^2 / (rv + eps)) + mean(log^2((v + eps) / (rv + eps)))`, channel by channel;
     lower is better. Images are floats in [0, 1], (N, C, H, W).
@@ -221,10 +232,7 @@ def batchnorm_consistency(classifier: Classifier, images: torch.Tensor) -> float
 
 def save(classifier: Classifier, path: Path) -> None:
     """Write the network under the names its checkpoint used, as contiguous safetensors with what is needed to use it."""
-    state = {
-        classifier.architecture.theirs(name): value.detach().cpu().contiguous()
-        for name, value in classifier.network.state_dict().items()
-    }
+    state = {classifier.architecture.theirs(name): value.detach().cpu().contiguous() for name, value in classifier.network.state_dict().items()}
     metadata = {
         "architecture": classifier.architecture.name,
         "mean": " ".join(map(str, classifier.preprocessing.mean)),

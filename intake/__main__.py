@@ -1,4 +1,5 @@
-"""`python -m intake {model|dataset} FILE FOLDER`: read a stranger's file in a fence; one JSON line of verdict on stdout.
+"""
+`python -m intake {model|dataset} FILE FOLDER`: read a stranger's file in a fence; one JSON line of verdict on stdout.
 
 Exit codes: 0 taken in, 3 refused, anything else: the reader failed and the file counts as refused.
 `python -m intake self-test` proves the fence instead and prints which layers hold and what they deny.
@@ -17,8 +18,8 @@ from typing import Any
 # More threads than one would keep memory high and some kernels from making a namespace.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-from intake import checkpoint, dataset, fence  # noqa: E402
-from intake.refusal import Refusal  # noqa: E402
+from intake import checkpoint, dataset, fence
+from intake.refusal import Refusal
 
 EXIT_REFUSED = 3
 MEMORY = 2 << 30
@@ -62,9 +63,7 @@ def _examine(purpose: str, file: Path, folder: Path) -> tuple[dict[str, Any], in
 
 def _self_test() -> int:
     with tempfile.NamedTemporaryFile() as secret, tempfile.TemporaryDirectory() as folder:
-        layers = fence.confine(
-            readable=_libraries(), writable=[Path(folder)], memory=MEMORY, cpu_seconds=60, file_bytes=1 << 20
-        )
+        layers = fence.confine(readable=_libraries(), writable=[Path(folder)], memory=MEMORY, cpu_seconds=60, file_bytes=1 << 20)
         print(json.dumps({"layers": layers, "denies": fence.self_test(Path(secret.name))}), flush=True)
         # Landlock now keeps the temporary file from being removed here; the parent removes its folder.
         os._exit(0)

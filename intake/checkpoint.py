@@ -21,7 +21,8 @@ MAX_DEPTH = 8
 
 
 def take_in(path: Path, folder: Path) -> dict[str, Any]:
-    """Read the checkpoint at `path`, write `folder/model.safetensors`, and return what it is as JSON.
+    """
+    Read the checkpoint at `path`, write `folder/model.safetensors`, and return what it is as JSON.
 
     Raises `Refusal`.
     """
@@ -68,7 +69,7 @@ def _open(file: BinaryIO, size: int) -> tuple[str, Any, dict[str, tuple[int, Sto
         raise Refusal("unsupported_format", "the file is a bare pickle, not a checkpoint of torch.save", "Save the state dict with torch.save or safetensors.")
     if head[:8] == b"\x89HDF\r\n\x1a\n":
         raise Refusal("unsupported_format", "the file is HDF5 (Keras)", "Upload the state dict of a PyTorch model.")
-    if head[:1] == b"\x08" and b"onnx" in head or b"pytorch" in head:
+    if (head[:1] == b"\x08" and b"onnx" in head) or b"pytorch" in head:
         raise Refusal("unsupported_format", "the file is ONNX", "Upload the state dict of the PyTorch model it was made from.")
     raise Refusal(
         "unsupported_format",

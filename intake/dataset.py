@@ -28,7 +28,8 @@ CHUNK = 1 << 20
 
 
 def take_in(path: Path, folder: Path) -> dict[str, Any]:
-    """Read the data set at `path`, write `folder/dataset.safetensors` and `folder/dataset.json`, return what it is.
+    """
+    Read the data set at `path`, write `folder/dataset.safetensors` and `folder/dataset.json`, return what it is.
 
     Raises `Refusal`.
     """
@@ -112,9 +113,7 @@ def _class_folders(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo]
         paths = {name: parts[1:] for name, parts in paths.items()}
     images = {name: parts for name, parts in paths.items() if "." + parts[-1].rsplit(".", 1)[-1].lower() in ENDINGS}
     if not images:
-        raise Refusal(
-            "dataset_invalid", f"none of the {len(members)} files is an image", f"Use one folder a class with {', '.join(sorted(ENDINGS))} files."
-        )
+        raise Refusal("dataset_invalid", f"none of the {len(members)} files is an image", f"Use one folder a class with {', '.join(sorted(ENDINGS))} files.")
     stray = [name for name, parts in images.items() if len(parts) != 2]
     if stray:
         raise Refusal("dataset_invalid", f"{stray[0]!r} is not in a class folder ({len(stray)} such files)", "Use CLASS/IMAGE paths, one folder a class.")
@@ -184,7 +183,9 @@ def _arrays(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], folde
         shape = (*shape, 1)
     channels_first = shape[3] not in (1, 3) and shape[1] in (1, 3)
     if not channels_first and shape[3] not in (1, 3):
-        raise Refusal("dataset_invalid", f"`{image_key}` has shape {shape}: neither the last nor the second size is 1 or 3 channels", "Give grey or RGB images.")
+        raise Refusal(
+            "dataset_invalid", f"`{image_key}` has shape {shape}: neither the last nor the second size is 1 or 3 channels", "Give grey or RGB images."
+        )
     labels, names = None, []
     if label_key is not None:
         labels = _small_array(archive, found[label_key], label_key)

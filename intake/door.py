@@ -13,7 +13,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a file.
+    """
+    What became of a file.
 
     Attributes:
         ready: whether it was taken in; then `description` says what it is and the folder holds safetensors and JSON.

@@ -23,7 +23,8 @@ IGNORED = re.compile(r"(^|\.)(total_ops|total_params|n_averaged)$")
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture that fits a checkpoint.
+    """
+    One architecture that fits a checkpoint.
 
     Attributes:
         family: the file of this folder that builds it.
@@ -59,7 +60,8 @@ class Architecture:
 
 
 def recognise(shapes: Shapes) -> list[Architecture]:
-    """Return the architectures with these tensor names and shapes, likeliest first.
+    """
+    Return the architectures with these tensor names and shapes, likeliest first.
 
     Several come back only when parameters cannot tell them apart (a max-pool, say); a forward pass must decide.
 
@@ -79,8 +81,7 @@ def recognise(shapes: Shapes) -> list[Architecture]:
     listing = ", ".join(f"{name} {list(shape)}" for name, shape in list(names.items())[:20])
     raise ArchitectureUnknown(
         f"no architecture of the catalogue has these {len(names)} tensors: {listing or 'none at all'}",
-        f"Known families: {', '.join(module.FAMILY for module in _families())}. "
-        "Upload the state dict of one of them, with its original tensor names.",
+        f"Known families: {', '.join(module.FAMILY for module in _families())}. Upload the state dict of one of them, with its original tensor names.",
     )
 
 

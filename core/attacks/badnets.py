@@ -27,9 +27,7 @@ class BadNets(Params):
     pattern: Literal["grid", "white", "checker", "custom"] = Field(
         default="grid", title="Patch", description="`grid` is the 3x3 patch of NAD, ABL and MCLDef; `custom` takes `cells`."
     )
-    cells: list[list[Level]] | None = Field(
-        default=None, title="Custom patch", description="Grey levels 0..255 by row, for `pattern: custom`.", max_length=512
-    )
+    cells: list[list[Level]] | None = Field(default=None, title="Custom patch", description="Grey levels 0..255 by row, for `pattern: custom`.", max_length=512)
     bottom: int = Field(default=0, ge=0, le=4096, title="Rows below", description="Distance of the patch from the bottom edge, pixels.")
     right: int = Field(default=0, ge=0, le=4096, title="Columns right", description="Distance of the patch from the right edge, pixels.")
 
@@ -44,7 +42,8 @@ class BadNets(Params):
 
 @attack(title="BadNets", paper="Gu et al., BadNets, IEEE Access 2019")
 def stamp(images: torch.Tensor, params: BadNets) -> torch.Tensor:
-    """Replace the patch's pixels, counted from the bottom right corner.
+    """
+    Replace the patch's pixels, counted from the bottom right corner.
 
     Args:
         images: (N, C, H, W) uint8; not changed.

@@ -26,9 +26,7 @@ class NeuralCleanse(Params):
     passes: int = Field(default=120, ge=1, le=10_000, title="Passes", description="At most this many; labels that have converged leave earlier.")
     batches_per_pass: int = Field(default=8, ge=1, le=10_000, title="Batches a pass")
     batch_size: int = Field(default=32, ge=1, le=4096, title="Batch size")
-    success: float = Field(
-        default=0.99, gt=0, le=1, title="Success rate", description="Share of images a trigger must send to its label (dynamic)."
-    )
+    success: float = Field(default=0.99, gt=0, le=1, title="Success rate", description="Share of images a trigger must send to its label (dynamic).")
     mask_weight: float = Field(default=0.01, gt=0, le=10, title="Mask weight", description="lambda of the fixed objective.")
     threshold: float = Field(default=2.0, gt=0, le=100, title="Anomaly index", description="A label with a smaller mask and an index above this is flagged.")
 
@@ -43,9 +41,7 @@ def run(run: Run, inputs: Inputs, params: NeuralCleanse) -> Outcome:
     assert inputs.model is not None and inputs.clean is not None
     model, clean = inputs.model, inputs.clean
     if len(clean) < params.batch_size:
-        raise NotEnoughCleanData(
-            f"{len(clean)} clean images, a batch takes {params.batch_size}", "Give more clean images or a smaller batch_size."
-        )
+        raise NotEnoughCleanData(f"{len(clean)} clean images, a batch takes {params.batch_size}", "Give more clean images or a smaller batch_size.")
     run.phase("inverting")
     labels = range(model.classes)
     _, channels, height, width = clean.images.shape
@@ -56,9 +52,7 @@ def run(run: Run, inputs: Inputs, params: NeuralCleanse) -> Outcome:
         objective = inversion.DynamicCost(len(labels), shape, generator, device=run.device, threshold=params.success)
     else:
         scale, offset = torch.ones(channels, device=run.device), torch.zeros(channels, device=run.device)
-        objective = inversion.FixedCost(
-            len(labels), shape, generator, weight=params.mask_weight, patience=30, scale=scale, offset=offset
-        )
+        objective = inversion.FixedCost(len(labels), shape, generator, weight=params.mask_weight, patience=30, scale=scale, offset=offset)
     triggers = inversion.invert(
         run,
         "invert all labels",
@@ -90,7 +84,8 @@ def run(run: Run, inputs: Inputs, params: NeuralCleanse) -> Outcome:
 
 
 def judge(norms: list[float], suspects: list[int], failed: list[int], classes: int, threshold: float) -> tuple[str, str]:
-    """Return the verdict and the sentence that explains it.
+    """
+    Return the verdict and the sentence that explains it.
 
     Args:
         suspects: flagged labels, smallest mask first.

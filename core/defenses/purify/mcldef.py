@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 
 from core import inversion, training
@@ -21,9 +22,7 @@ class MCLDef(Params):
     """Parameters; the defaults are the paper's for CIFAR-10."""
 
     method: Literal["mcldef"]
-    target: int | None = Field(
-        default=None, ge=0, le=100_000, title="Target class", description="The backdoor's class if known; else it is inspected."
-    )
+    target: int | None = Field(default=None, ge=0, le=100_000, title="Target class", description="The backdoor's class if known; else it is inspected.")
     space: Literal["pixel", "normalized_clip01"] = Field(
         default="pixel",
         title="Trigger space",
@@ -32,15 +31,21 @@ class MCLDef(Params):
     mask_weight: float = Field(default=0.01, gt=0, le=10, title="Mask weight", description="lambda of Eq. 2.")
     inversion_epochs: int = Field(default=100, ge=1, le=10_000, title="Inversion epochs")
     inversion_batch: int = Field(default=64, ge=1, le=4096, title="Inversion batch")
-    patience: int = Field(
-        default=30, ge=1, le=10_000, title="Patience", description="Epochs without a smaller mask before inversion stops."
-    )
+    patience: int = Field(default=30, ge=1, le=10_000, title="Patience", description="Epochs without a smaller mask before inversion stops.")
     epochs: int = Field(default=20, ge=1, le=1000, title="Contrastive epochs")
     batch_size: int = Field(default=64, ge=2, le=4096, title="Batch size")
     learning_rate: float = Field(
         default=0.1, gt=0, le=10, title="Learning rate", description="Of the first epoch; a tenth until half of the epochs, then a hundredth."
     )
     temperature: float = Field(default=0.5, gt=0, le=10, title="Temperature", description="tau of Eqs. 3 and 4.")
+    anchor: float = Field(
+        default=4.0,
+        ge=0,
+        le=100,
+        title="Clean anchor",
+        description="Weight of a term that holds the student's features of clean images to the teacher's, so that clean accuracy, "
+        "above all of the target class, is not given away; 0 is the published method.",
+    )
     bn: Literal["train", "frozen", "mixed"] = Field(
         default="train",
         title="BatchNorm mode",
@@ -76,10 +81,9 @@ def run(run: Run, inputs: Inputs, params: MCLDef) -> Outcome:
     return Outcome(model=student, findings={"target": target, **findings}, triggers={target: (mask, pattern)})
 
 
-def eliminate(
-    run: Run, inputs: Inputs, teacher: Classifier, mask: torch.Tensor, pattern: torch.Tensor, params: MCLDef
-) -> tuple[Classifier, list[float]]:
-    """Train the student of stage 2 (Eqs. 3 and 4); return it with each epoch's loss.
+def eliminate(run: Run, inputs: Inputs, teacher: Classifier, mask: torch.Tensor, pattern: torch.Tensor, params: MCLDef) -> tuple[Classifier, list[float]]:
+    """
+    Train the student of stage 2 (Eqs. 3 and 4); return it with each epoch's loss.
 
     Args:
         mask, pattern: (H, W) and (C, H, W), pixel space.
@@ -95,11 +99,11 @@ def eliminate(
         poisoned = inversion.stamp(images, mask, pattern)
         with torch.no_grad():
             z_clean, z_poisoned = teacher.features(torch.cat([images, poisoned])).chunk(2)
-        if params.bn == "mixed":
-            z = student.features(torch.cat([poisoned, images]))[: len(images)]
-        else:
-            z = student.features(poisoned)
-        return model_contrastive(z, z_clean, z_poisoned, temperature=params.temperature)
+        if params.bn != "mixed" and not params.anchor:
+            return model_contrastive(student.features(poisoned), z_clean, z_poisoned, temperature=params.temperature)
+        z, z_held = student.features(torch.cat([poisoned, images])).chunk(2)
+        held = (1 - F.cosine_similarity(z_held.float(), z_clean.float())).mean()
+        return model_contrastive(z, z_clean, z_poisoned, temperature=params.temperature) + params.anchor * held
 
     half = max(params.epochs // 2, 2)
     history = training.fit(
@@ -135,9 +139,7 @@ def _inspect(run: Run, teacher: Classifier, clean: ImageSet, params: MCLDef) -> 
     return suspects[0], report
 
 
-def _invert(
-    run: Run, name: str, teacher: Classifier, clean: ImageSet, labels: Any, params: MCLDef, *, passes: int
-) -> inversion.Triggers:
+def _invert(run: Run, name: str, teacher: Classifier, clean: ImageSet, labels: Any, params: MCLDef, *, passes: int) -> inversion.Triggers:
     scale, offset = pattern_space(teacher, params.space)
     _, channels, height, width = clean.images.shape
     objective = inversion.FixedCost(
@@ -163,7 +165,8 @@ def _invert(
 
 
 def pattern_space(classifier: Classifier, space: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (scale, offset), each (C,), that map a pattern in [0, 1] to pixel space.
+    """
+    Return (scale, offset), each (C,), that map a pattern in [0, 1] to pixel space.
 
     Blending commutes with the affine normalisation, so patterns clipped to [0, 1] after normalisation are the pixel
     patterns `mean + std * p`.

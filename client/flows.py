@@ -1,0 +1,109 @@
+"""What the client does, apart from how it waits: generators that yield requests and pauses, driven by either session."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from client.errors import WaitTimeout
+
+Json = dict[str, Any]
+Progress = Callable[[int, int], None]
+TERMINAL = frozenset({"succeeded", "failed", "crashed", "cancelled"})
+
+
+@dataclass(frozen=True)
+class Request:
+    """One HTTP request; `upload` streams a file as the body, `download` writes the answer's body to a file."""
+
+    method: str
+    path: str
+    params: Json = field(default_factory=dict)
+    json: Json | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    upload: Path | None = None
+    download: Path | None = None
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back."""
+
+    status: int
+    headers: dict[str, str]
+    json: Any
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Wait this long, seconds."""
+
+    seconds: float
+
+
+Flow = Generator[Request | Pause, Answer, Any]
+
+
+def simple(method: str, path: str, **parts: Any) -> Flow:
+    """Send one request and return its JSON. A POST with a body carries an Idempotency-Key, kept across retries."""
+    if method == "POST" and path.startswith("/v1/jobs"):
+        parts["headers"] = {"Idempotency-Key": uuid.uuid4().hex, **parts.get("headers", {})}
+    answer = yield Request(method, path, **parts)
+    return answer.json
+
+
+def upload(kind: str, path: Path, *, name: str | None, progress: Progress | None, timeout: float) -> Flow:
+    """Send a file and wait until the service has read it; return the model or dataset."""
+    params = {"filename": path.name, **({"name": name} if name else {})}
+    answer = yield Request("POST", f"/v1/{kind}", params=params, upload=path, progress=progress)
+    found: Json = answer.json
+    until = time.monotonic() + timeout
+    while found["status"] == "received":
+        if time.monotonic() > until:
+            raise WaitTimeout(f"{found['id']} is still being read after {timeout:g} s; ask again later")
+        yield Pause(1.0)
+        found = (yield Request("GET", f"/v1/{kind}/{found['id']}")).json
+    return found
+
+
+def wait(job_id: str, *, timeout: float | None, seen: Callable[[Json], None] | None) -> Flow:
+    """Poll with ETag until a job has ended; return it."""
+    until = None if timeout is None else time.monotonic() + timeout
+    known, pause = "", 0.0
+    while True:
+        left = 30.0 if until is None else min(30.0, until - time.monotonic())
+        if left <= 0:
+            raise WaitTimeout(f"job {job_id} has not ended after {timeout:g} s; it goes on")
+        headers = {"If-None-Match": known} if known else {}
+        answer = yield Request("GET", f"/v1/jobs/{job_id}", params={"wait": round(left, 1)} if known else {}, headers=headers)
+        if answer.status != 304:
+            known, pause = answer.headers.get("etag", ""), 0.5
+            if seen is not None:
+                seen(answer.json)
+            if answer.json["status"] in TERMINAL:
+                return answer.json
+        yield Pause(pause)
+
+
+def pages(path: str, params: Json) -> Flow:
+    """Fetch a list page by page; return all its items."""
+    items: list[Json] = []
+    cursor: Json = {}
+    while True:
+        page = (yield Request("GET", path, params={**params, **cursor})).json
+        items += page["data"]
+        if not page["has_more"]:
+            return items
+        cursor = {"after": page["next_cursor"]}
+
+
+def file_digest(path: Path) -> str:
+    """Return a file's SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Alembic: one tree for SQLite and Postgres."""

@@ -1,0 +1,1 @@
+"""The HTTP floor: uploads, jobs, events, downloads. Thin: every decision is made one floor down."""

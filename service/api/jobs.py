@@ -1,0 +1,348 @@
+"""`/v1/jobs` and `/v1/artifacts`: create, follow, cancel, retry, delete, download."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from sqlalchemy.orm import Session
+
+from core import catalog
+from service import blobs, schemas
+from service.api.uploads import DOWNLOAD
+from service.context import Caller, Context, Opened, Reading, Writing
+from service.lists import After, Limit, Order, linked
+from service.problems import Problem, documented
+from store import idempotency, jobs, library, queue, states
+from store.tables import Artifact, Dataset, Job, Model
+
+router = APIRouter(tags=["jobs"])
+STREAM_SECONDS = 600.0
+POLL_SECONDS = 0.5
+PING_SECONDS = 15.0
+IdempotencyKey = Annotated[
+    str | None, Header(max_length=255, min_length=1, pattern=r"^[\x21-\x7e]+$", description="Makes a repeated request harmless for 24 hours.")
+]
+Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "crashed", "cancelled"]
+
+
+@router.post(
+    "/v1/jobs", status_code=202, response_model=schemas.Job, operation_id="create_job", summary="Run a defense",
+    responses={**documented("malformed_body", "not_found", "not_ready", "idempotency_key_reused"), 200: {"model": schemas.Plan, "description": "With `validate_only`: what would be done."}},
+)  # fmt: skip
+def create(
+    body: schemas.NewJob,
+    opened: Opened,
+    caller: Writing,
+    validate_only: Annotated[bool, Query(description="Check everything and run nothing.")] = False,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Queue a job; the answer comes at once, the job goes on without it."""
+    method = catalog.defenses()[body.defense.method]
+    request = body.model_dump(mode="json")
+    with opened.database.read() as session:
+        _check(session, caller, body, method)
+    if validate_only:
+        return JSONResponse({"object": "plan", "method": method.name, "kind": method.kind.value, "request": request})
+
+    def act(session: Session) -> dict[str, Any]:
+        _check(session, caller, body, method)
+        row = jobs.create(
+            session, tenant=caller.tenant, kind=method.kind.value, method=method.name, model_id=body.model_id, dataset_id=body.dataset_id,
+            test_dataset_id=body.evaluation.dataset_id if body.evaluation else None, request=request, seed=body.seed,
+            max_seconds=body.max_seconds or opened.settings.max_job_seconds, labels=body.metadata,
+        )  # fmt: skip
+        return schemas.Job.of(row).model_dump(mode="json")
+
+    return _accepted(opened, caller, "POST /v1/jobs", idempotency_key, request, act)
+
+
+@router.get("/v1/jobs", response_model=schemas.Page[schemas.Job], responses=documented("not_found"), operation_id="list_jobs", summary="List jobs")
+def listing(
+    request: Request,
+    response: Response,
+    opened: Opened,
+    caller: Reading,
+    limit: Limit = 20,
+    after: After = None,
+    order: Order = "desc",
+    status: Annotated[Status | None, Query()] = None,
+    method: Annotated[schemas.NoNul | None, Query()] = None,
+    model_id: Annotated[schemas.Identifier | None, Query()] = None,
+) -> Any:
+    """List jobs by time of creation."""
+    wanted = ((Job.status, status), (Job.method, method), (Job.model_id, model_id))
+    where = [column == value for column, value in wanted if value is not None]
+    with opened.database.read() as session:
+        rows, cursor = library.page(session, Job, caller.tenant, limit=limit, after=after, where=where, newest_first=order == "desc")
+    return linked(request, response, [schemas.Job.of(row) for row in rows], cursor)
+
+
+@router.get(
+    "/v1/jobs/{job_id}", response_model=schemas.Job, operation_id="get_job", summary="Get a job",
+    responses={**documented("not_found"), 304: {"description": "Unchanged since the version in `If-None-Match`."}},
+)  # fmt: skip
+async def get(
+    job_id: str,
+    request: Request,
+    opened: Opened,
+    caller: Reading,
+    wait: Annotated[float, Query(ge=0, le=60, description="Wait up to this many seconds for a change.")] = 0,
+) -> Response:
+    """Return the job; with `If-None-Match` and `wait`, as soon as it changes."""
+    known = request.headers.get("if-none-match", "").strip().removeprefix("W/")
+    until = time.monotonic() + wait
+    while True:
+        row = await asyncio.to_thread(_get, opened, caller, job_id)
+        etag = f'"{row.last_seq}"'
+        headers = {"ETag": etag, "Cache-Control": "no-store"}
+        if etag != known and (known or not wait or row.status in states.TERMINAL):
+            return Response(schemas.Job.of(row).model_dump_json(), media_type="application/json", headers=headers)
+        if time.monotonic() >= until or (etag == known and row.status in states.TERMINAL):
+            if etag == known:
+                return Response(status_code=304, headers=headers)
+            return Response(schemas.Job.of(row).model_dump_json(), media_type="application/json", headers=headers)
+        # Without a version to compare with, the first answer is what a change is measured from.
+        known = known or etag
+        await asyncio.sleep(min(POLL_SECONDS, max(until - time.monotonic(), 0)))
+
+
+@router.post("/v1/jobs/{job_id}/cancel", response_model=schemas.Job, operation_id="cancel_job", summary="Cancel a job",
+    responses={**documented("not_found"), 202: {"model": schemas.Job, "description": "The job is being stopped."}})  # fmt: skip
+def cancel(job_id: str, response: Response, opened: Opened, caller: Writing) -> Any:
+    """Stop a job; one that has ended is returned as it is."""
+    with opened.database.write() as session:
+        row = jobs.request_cancel(session, job_id, caller.tenant)
+    response.status_code = 202 if row.status == states.CANCELLING else 200
+    return schemas.Job.of(row)
+
+
+@router.post(
+    "/v1/jobs/{job_id}/retry", status_code=202, response_model=schemas.Job, operation_id="retry_job", summary="Run a job again",
+    responses=documented("not_found", "not_terminal", "not_ready", "idempotency_key_reused"),
+)  # fmt: skip
+def retry(job_id: str, opened: Opened, caller: Writing, idempotency_key: IdempotencyKey = None) -> Response:
+    """Queue a new job with the same request and seed."""
+
+    def act(session: Session) -> dict[str, Any]:
+        old = jobs.get(session, job_id, caller.tenant)
+        if old.status in states.TERMINAL:
+            _check_inputs(session, caller, old.model_id, old.dataset_id, old.test_dataset_id)
+        return schemas.Job.of(jobs.retry(session, job_id, caller.tenant)).model_dump(mode="json")
+
+    return _accepted(opened, caller, f"POST /v1/jobs/{job_id}/retry", idempotency_key, {}, act)
+
+
+@router.delete("/v1/jobs/{job_id}", status_code=204, operation_id="delete_job", summary="Delete a job", responses=documented("not_found", "not_terminal"))
+def delete(job_id: str, opened: Opened, caller: Writing) -> None:
+    """Delete a job that has ended, with its artifacts; a model it made stays."""
+    with opened.database.write() as session:
+        jobs.delete(session, job_id, caller.tenant)
+
+
+@router.get(
+    "/v1/jobs/{job_id}/events",
+    response_model=schemas.Page[schemas.Event],
+    operation_id="list_events",
+    summary="List a job's events",
+    responses=documented("not_found"),
+)
+def events(
+    job_id: str,
+    response: Response,
+    opened: Opened,
+    caller: Reading,
+    after: Annotated[int, Query(ge=0, le=2**31 - 1, description="The last `seq` seen.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    type: Annotated[schemas.NoNul | None, Query()] = None,  # noqa: A002 - the name in the API
+) -> Any:
+    """Return what happened, in order."""
+    with opened.database.read() as session:
+        jobs.get(session, job_id, caller.tenant)
+        rows = jobs.events(session, job_id, after=after, limit=limit + 1, kind=type)
+    more = len(rows) > limit
+    response.headers["Cache-Control"] = "no-store"
+    data = [schemas.Event.of(row) for row in rows[:limit]]
+    return {"object": "list", "data": data, "has_more": more, "next_cursor": str(data[-1].seq) if more else None}
+
+
+@router.get(
+    "/v1/jobs/{job_id}/events/stream", operation_id="stream_events", summary="Follow a job's events (SSE)", response_class=StreamingResponse,
+    responses={
+        **documented("not_found"),
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        204: {"description": "The job has ended and every event was sent."},
+    },
+)  # fmt: skip
+def stream(
+    job_id: str,
+    opened: Opened,
+    caller: Reading,
+    last_event_id: Annotated[str | None, Header(description="Resume after this `seq`.")] = None,
+    after: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0,
+) -> Response:
+    """Send events as they happen; the last one is the terminal state, then the stream closes."""
+    start = int(last_event_id) if last_event_id and last_event_id.isascii() and last_event_id.isdigit() and len(last_event_id) < 10 else after
+    row = _get(opened, caller, job_id)
+    if row.status in states.TERMINAL and start >= row.last_seq:
+        return Response(status_code=204)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_tail(opened, job_id, start), media_type="text/event-stream", headers=headers)
+
+
+async def _tail(opened: Context, job_id: str, seen: int) -> AsyncIterator[str]:
+    """Yield server-sent events: a tail of the table, so that any process can serve it and nothing is missed."""
+    yield "retry: 2000\n\n"
+    started = spoke = time.monotonic()
+    while time.monotonic() - started < STREAM_SECONDS:
+        rows = await asyncio.to_thread(_events_after, opened, job_id, seen)
+        for row in rows:
+            seen = row.seq
+            body = schemas.Event.of(row).model_dump_json()
+            yield f"id: {row.seq}\nevent: {row.type}\ndata: {body}\n\n"
+            if row.type == "state" and row.data.get("status") in states.TERMINAL:
+                return
+        if rows:
+            spoke = time.monotonic()
+            continue
+        if time.monotonic() - spoke > PING_SECONDS:
+            spoke = time.monotonic()
+            yield ": still here\n\n"
+        await asyncio.sleep(POLL_SECONDS)
+
+
+@router.get(
+    "/v1/jobs/{job_id}/artifacts",
+    response_model=schemas.Page[schemas.Artifact],
+    operation_id="list_artifacts",
+    summary="List a job's files",
+    responses=documented("not_found"),
+)
+def artifacts(job_id: str, response: Response, opened: Opened, caller: Reading) -> Any:
+    """Return what the job gave back; all of it, there are few."""
+    with opened.database.read() as session:
+        jobs.get(session, job_id, caller.tenant)
+        rows = jobs.artifacts(session, job_id)
+    response.headers["Cache-Control"] = "no-store"
+    return {"object": "list", "data": [schemas.Artifact.of(row) for row in rows], "has_more": False, "next_cursor": None}
+
+
+@router.get(
+    "/v1/jobs/{job_id}/report", operation_id="get_report", summary="Get a job's report", response_model=dict[str, Any],
+    responses={**documented("not_found", "report_not_ready", "not_acceptable", "range_not_satisfiable"), 206: DOWNLOAD[206], 304: DOWNLOAD[304]},  # type: ignore[dict-item]
+)  # fmt: skip
+def report(job_id: str, request: Request, opened: Opened, caller: Reading) -> Response:
+    """Return the evidence: what was measured before and after, what was found, what was done."""
+    accepted = [entry.split(";")[0].strip() for entry in request.headers.get("accept", "*/*").split(",")]
+    if not {"*/*", "application/*", "application/json", ""} & set(accepted):
+        raise Problem("not_acceptable", "The report is application/json.")
+    with opened.database.read() as session:
+        row = jobs.get(session, job_id, caller.tenant)
+        found = next((item for item in jobs.artifacts(session, job_id) if item.kind == "report_json"), None)
+    if found is None:
+        raise Problem("report_not_ready", f"Job {job_id} is {row.status}; the report comes with success.")
+    answer = _download(request, opened, found)
+    answer.headers["Vary"] = "Accept"
+    return answer
+
+
+@router.get(
+    "/v1/artifacts/{artifact_id}",
+    response_model=schemas.Artifact,
+    operation_id="get_artifact",
+    summary="Get an artifact",
+    responses=documented("not_found"),
+    tags=["artifacts"],
+)
+def artifact(artifact_id: str, response: Response, opened: Opened, caller: Reading) -> Any:
+    """Describe one file."""
+    with opened.database.read() as session:
+        row = jobs.artifact(session, artifact_id, caller.tenant)
+    response.headers["Cache-Control"] = "no-store"
+    return schemas.Artifact.of(row)
+
+
+@router.head("/v1/artifacts/{artifact_id}/content", include_in_schema=False, operation_id="head_artifact")
+@router.get(
+    "/v1/artifacts/{artifact_id}/content", response_class=Response, operation_id="download_artifact", summary="Download an artifact", tags=["artifacts"],
+    responses={**documented("not_found", "range_not_satisfiable"), **DOWNLOAD},  # type: ignore[dict-item]
+)  # fmt: skip
+def artifact_content(artifact_id: str, request: Request, opened: Opened, caller: Reading) -> Response:
+    """Return a file's bytes."""
+    with opened.database.read() as session:
+        row = jobs.artifact(session, artifact_id, caller.tenant)
+    return _download(request, opened, row)
+
+
+def _download(request: Request, opened: Context, row: Artifact) -> Response:
+    return blobs.blob(request, opened.objects, sha256=row.sha256, size=row.bytes, filename=row.filename, media_type=row.media_type, created_at=row.created_at)
+
+
+def _accepted(opened: Context, caller: Caller, route: str, key: str | None, request: Any, act: Any) -> Response:
+    answer, replayed = idempotency.once(opened.database, key_id=caller.key_id, route=route, value=key, request=request, act=act)
+    if not replayed and queue.announce(opened.celery, answer["id"]):
+        with opened.database.write() as session:
+            jobs.announced(session, [answer["id"]])
+    headers = {"Location": f"/v1/jobs/{answer['id']}", "Cache-Control": "no-store"}
+    if replayed:
+        headers["Idempotency-Replayed"] = "true"
+    return Response(json.dumps(answer), 202, headers, "application/json")
+
+
+def _check(session: Session, caller: Caller, body: schemas.NewJob, method: catalog.Method) -> None:
+    """
+    Refuse a job that cannot succeed before anything is queued.
+
+    Raises `Problem`, `NotFound`, `NotReady`.
+    """
+    test_id = body.evaluation.dataset_id if body.evaluation else None
+    model, clean, test = _check_inputs(session, caller, body.model_id, body.dataset_id, test_id)
+    classes = (model.description or {})["classes"]
+    targets = {"/defense/target": getattr(body.defense, "target", None)}
+    if body.evaluation and body.evaluation.attack:
+        targets["/evaluation/attack/target"] = body.evaluation.attack.target
+    for pointer, target in targets.items():
+        if target is not None and target >= classes:
+            detail = f"{target} is not one of the model's {classes} classes, which count from 0"
+            raise Problem("invalid_parameters", detail, errors=[{"pointer": pointer, "code": "less_than", "detail": detail}])
+    for role, data in (("clean", clean), ("test", test)):
+        described = (data.description or {}) if data else {}
+        found = len(described.get("per_class", ()))
+        if data is None:
+            continue
+        if described["labelled"] and (found > classes or (described["class_names"] and found != classes)):
+            raise Problem(
+                "dataset_invalid", f"The {role} data set {data.id} has {found} classes, the model {classes}. Upload images of exactly the model's classes."
+            )
+        if described["channels"] != (model.description or {})["channels"]:
+            raise Problem(
+                "dataset_invalid", f"The {role} data set has {described['channels']} channels, the model takes {(model.description or {})['channels']}."
+            )
+        if role == "test" and not described["labelled"]:
+            raise Problem("dataset_invalid", "The test set has no labels. Upload it as a folder a class, or with a `labels` array.")
+    if catalog.Need.CLEAN_LABELS in method.needs and not (clean.description or {})["labelled"]:
+        raise Problem("dataset_invalid", f"{method.title} needs labelled clean images, data set {clean.id} has no labels.")
+    candidates = (model.description or {})["candidates"]
+    if body.architecture is not None and body.architecture not in candidates:
+        raise Problem("architecture_mismatch", f"The checkpoint is {' or '.join(candidates)}, not {body.architecture}.")
+
+
+def _check_inputs(session: Session, caller: Caller, model_id: str, dataset_id: str, test_id: str | None) -> tuple[Model, Dataset, Dataset | None]:
+    model = library.ready(session, Model, model_id, caller.tenant)
+    clean = library.ready(session, Dataset, dataset_id, caller.tenant)
+    return model, clean, library.ready(session, Dataset, test_id, caller.tenant) if test_id else None
+
+
+def _get(opened: Context, caller: Caller, job_id: str) -> Job:
+    with opened.database.read() as session:
+        return jobs.get(session, job_id, caller.tenant)
+
+
+def _events_after(opened: Context, job_id: str, seen: int) -> list[Any]:
+    with opened.database.read() as session:
+        return jobs.events(session, job_id, after=seen, limit=500)

@@ -1,0 +1,119 @@
+"""What happens to an upload after it arrived: intake reads it in its fence, once, whoever restarts meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from core.architectures import recognise
+from core.errors import EngineError
+from core.weights import contradictions
+from intake import door
+from store import library
+from store.database import Database
+from store.errors import StoreError
+from store.objects import Objects
+from store.settings import Settings
+from store.tables import Dataset, Model
+
+logger = logging.getLogger(__name__)
+ADVICE = "Upload the state dict of an unmodified model of a known architecture."
+
+
+class Reader:
+    """Reads uploads in child processes, two at a time."""
+
+    def __init__(self, settings: Settings, database: Database, objects: Objects) -> None:
+        self._settings, self._database, self._objects = settings, database, objects
+        self._slots = asyncio.Semaphore(2)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def patience(self) -> float:
+        """How long a reader may own an upload, seconds."""
+        return self._settings.intake_seconds + 60
+
+    async def read(self, table: type[Model] | type[Dataset], row_id: str, sha256: str) -> None:
+        """Start reading; return when it is done or the setting's wait is over, whichever is first."""
+        task = asyncio.create_task(self._read(table, row_id, sha256))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.wait({task}, timeout=self._settings.intake_wait_seconds)
+
+    async def take_over(self) -> None:
+        """Read what another process left unread, for ever."""
+        while True:
+            try:
+                for table in (Model, Dataset):
+                    for row in await asyncio.to_thread(self._abandoned, table):
+                        await self._read(table, row.id, row.sha256)
+            except StoreError as error:
+                logger.warning("cannot look for unread uploads: %s", error)
+            await asyncio.sleep(self._settings.sweep_seconds)
+
+    def _abandoned(self, table: Any) -> list[Any]:
+        with self._database.write() as session:
+            found: list[Any] = library.abandoned(session, table, reading_seconds=self.patience)
+        return found
+
+    async def _read(self, table: type[Model] | type[Dataset], row_id: str, sha256: str) -> None:
+        async with self._slots:
+            await asyncio.to_thread(self._examine, table, row_id, sha256)
+
+    def _examine(self, table: type[Model] | type[Dataset], row_id: str, sha256: str) -> None:
+        folder = self._settings.scratch / "intake" / uuid.uuid4().hex
+        out = folder / "out"
+        out.mkdir(parents=True)
+        try:
+            self._objects.fetch(sha256, folder / "file")
+            verdict = door.examine(table.__tablename__, folder / "file", out, timeout_seconds=self._settings.intake_seconds)
+            if not verdict.ready:
+                refusal = {"code": verdict.code, "message": verdict.message, "advice": verdict.advice}
+                self._settle(table, row_id, refusal=refusal)
+                return
+            description = {**verdict.description, "fence": list(verdict.fence)}
+            if table is Model:
+                try:
+                    description |= recognised(description)
+                except EngineError as error:
+                    self._settle(table, row_id, refusal=error.as_dict())
+                    return
+            safe = self._keep(out / f"{table.__tablename__}.safetensors")
+            details = self._keep(out / "dataset.json") if table is Dataset else None
+            self._settle(table, row_id, description=description, safe_sha256=safe, details_sha256=details)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _keep(self, path: Path) -> str:
+        sha256, size = self._objects.put(path, self._settings.scratch)
+        with self._database.write() as session:
+            library.touch(session, sha256, size)
+        return sha256
+
+    def _settle(self, table: type[Model] | type[Dataset], row_id: str, **outcome: Any) -> None:
+        with self._database.write() as session:
+            library.settle(session, table, row_id, **outcome)
+
+
+def recognised(description: dict[str, Any]) -> dict[str, Any]:
+    """
+    Return what the tensors' names and shapes say: architecture candidates, classes, input.
+
+    Raises `ArchitectureUnknown`, `ArchitectureMismatch`.
+    """
+    shapes = {name: tuple(tensor["shape"]) for name, tensor in description["tensors"].items()}
+    variants = recognise(shapes)
+    contradictions(shapes, variants[0])
+    first = variants[0]
+    return {
+        "architecture": first.name if len(variants) == 1 else None,
+        "candidates": [variant.name for variant in variants],
+        "family": first.family,
+        "classes": first.classes,
+        "channels": first.channels,
+        "input_size": first.input_size,
+    }

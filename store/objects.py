@@ -1,0 +1,167 @@
+"""Blobs by SHA-256 on a local folder, S3, GCS or Azure; what is there is whole."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, from_url
+
+from store.errors import NotFound, StoreFull, StoreUnavailable
+
+CHUNK = 1 << 20
+DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class Objects:
+    """The object store at `url` (`file:///folder`, `s3://bucket/prefix`, …; credentials from the environment)."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._folder = Path(url.removeprefix("file://")) if url.startswith("file://") else None
+        if self._folder is not None:
+            (self._folder / "incoming").mkdir(parents=True, exist_ok=True)
+            self._store: Any = LocalStore(self._folder)
+        else:
+            options: dict[str, Any] = {}
+            if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+                options["client_options"] = {"allow_http": True}
+            self._store = from_url(url, **options)
+
+    def incoming(self, scratch: Path) -> Path:
+        """Return the folder to write new files into: on the same disk where a rename is enough to store them."""
+        folder = self._folder / "incoming" if self._folder is not None else scratch / "incoming"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def adopt(self, path: Path, sha256: str) -> None:
+        """
+        Store the file at `path` under its digest and remove it; nobody ever sees half of it.
+
+        Raises `StoreFull`, `StoreUnavailable`.
+        """
+        try:
+            if self._folder is None:
+                obstore.put(self._store, _key(sha256), path, chunk_size=16 << 20)
+                path.unlink()
+                return
+            target = self._folder / _key(sha256)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+            _sync_folder(target.parent)
+        except OSError as error:
+            raise _translated(error) from error
+        except BaseError as error:
+            raise StoreUnavailable(f"the object store does not answer: {error}") from error
+
+    def put(self, path: Path, scratch: Path) -> tuple[str, int]:
+        """
+        Store a copy of a file; return its SHA-256 and size. The file may be replaced meanwhile, not rewritten.
+
+        Raises `StoreFull`, `StoreUnavailable`.
+        """
+        copy = self.incoming(scratch) / f"{os.getpid()}-{os.urandom(8).hex()}"
+        digest = hashlib.sha256()
+        try:
+            with path.open("rb") as source, copy.open("wb") as out:
+                while piece := source.read(CHUNK):
+                    digest.update(piece)
+                    out.write(piece)
+                out.flush()
+                os.fsync(out.fileno())
+            size = copy.stat().st_size
+            self.adopt(copy, digest.hexdigest())
+        except OSError as error:
+            raise _translated(error) from error
+        finally:
+            copy.unlink(missing_ok=True)
+        return digest.hexdigest(), size
+
+    def fetch(self, sha256: str, path: Path) -> None:
+        """
+        Write an object to `path` and verify it.
+
+        Raises `NotFound`, `StoreUnavailable`; also when the bytes do not have the digest.
+        """
+        digest = hashlib.sha256()
+        try:
+            with path.open("wb") as out:
+                for piece in obstore.get(self._store, _key(sha256)).stream(min_chunk_size=CHUNK):
+                    digest.update(piece)
+                    out.write(piece)
+        except FileNotFoundError as error:
+            raise NotFound(f"object {sha256} is gone") from error
+        except OSError as error:
+            raise _translated(error) from error
+        except BaseError as error:
+            raise StoreUnavailable(f"the object store does not answer: {error}") from error
+        if digest.hexdigest() != sha256:
+            raise StoreUnavailable(f"object {sha256} is damaged in the store")
+
+    async def stream(self, sha256: str, start: int, end: int) -> AsyncIterator[bytes]:
+        """
+        Yield the bytes [start, end) of an object.
+
+        Raises `NotFound`, `StoreUnavailable`.
+        """
+        if start == end:
+            return
+        try:
+            options: Any = {"range": (start, end)}
+            found = await obstore.get_async(self._store, _key(sha256), options=options)
+            async for piece in found.stream(min_chunk_size=CHUNK):
+                yield bytes(piece)
+        except FileNotFoundError as error:
+            raise NotFound(f"object {sha256} is gone") from error
+        except BaseError as error:
+            raise StoreUnavailable(f"the object store does not answer: {error}") from error
+
+    def exists(self, sha256: str) -> bool:
+        """Say whether an object is there."""
+        try:
+            obstore.head(self._store, _key(sha256))
+        except FileNotFoundError:
+            return False
+        except BaseError as error:
+            raise StoreUnavailable(f"the object store does not answer: {error}") from error
+        return True
+
+    def delete(self, sha256: str) -> None:
+        """Remove an object; a missing one is no error."""
+        try:
+            obstore.delete(self._store, _key(sha256))
+        except FileNotFoundError:
+            return
+        except BaseError as error:
+            raise StoreUnavailable(f"the object store does not answer: {error}") from error
+
+    def digests(self) -> set[str]:
+        """Return all digests stored; slow, for tests and repair."""
+        return {item["path"].rsplit("/", 1)[-1] for batch in obstore.list(self._store, "sha256") for item in batch}
+
+
+def _key(sha256: str) -> str:
+    if not DIGEST.fullmatch(sha256):
+        raise ValueError(f"{sha256!r} is not a SHA-256 in hex")
+    return f"sha256/{sha256[:2]}/{sha256}"
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _translated(error: OSError) -> StoreFull | StoreUnavailable:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFull("the disk is full")
+    return StoreUnavailable(f"the object store cannot be written: {error.strerror}")

@@ -1,0 +1,1 @@
+"""The Celery floor: takes a job id, holds its lease, runs the engine as a child, stores what comes out."""

@@ -1,0 +1,425 @@
+"""One job on this machine: claim, fetch, run the engine, follow it, store what comes out."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from store import idempotency, ids, jobs, library
+from store.database import Database
+from store.errors import LostLease, NotFound, StoreUnavailable
+from store.objects import Objects
+from store.settings import Settings
+from store.tables import Artifact, Dataset, Job, Model
+
+logger = structlog.get_logger()
+GRACE_SECONDS = 2.0
+TICK_SECONDS = 0.1
+CANCEL_SECONDS = 0.5
+EXIT_FAILED = 3
+ENGINE = (sys.executable, "-m", "worker.engine")
+
+
+class Stopped(Exception):
+    """The engine was stopped by us; the reason says what becomes of the job."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def run(
+    settings: Settings,
+    database: Database,
+    objects: Objects,
+    job_id: str,
+    *,
+    owner: str,
+    draining: Callable[[], bool] = lambda: False,
+    engine: tuple[str, ...] = ENGINE,
+) -> str | None:
+    """Run a job if it is there to be taken; return what became of it here, or None if it was not ours to run."""
+    with database.write() as session:
+        job = jobs.claim(session, job_id, owner=owner, lease_seconds=settings.lease_seconds)
+    if job is None:
+        return None
+    with structlog.contextvars.bound_contextvars(job_id=job_id, attempt=job.attempt):
+        attempt = _Attempt(settings, database, objects, job, draining, engine)
+        try:
+            outcome = attempt.run()
+        except LostLease:
+            outcome = "lost"
+        finally:
+            attempt.clear()
+        logger.info("attempt ended", outcome=outcome)
+        return outcome
+
+
+class _Attempt:
+    """One attempt at a job; its number is the fence of every write."""
+
+    def __init__(self, settings: Settings, database: Database, objects: Objects, job: Job, draining: Callable[[], bool], engine: tuple[str, ...]) -> None:
+        self._settings, self._database, self._objects, self._job = settings, database, objects, job
+        self._draining, self._command = draining, engine
+        self._folder = settings.scratch / "jobs" / f"{job.id}-{job.attempt}-{os.getpid()}"
+        self._child: subprocess.Popen[bytes] | None = None
+        self._lines: queue.Queue[bytes | None] = queue.Queue()
+        self._errors: list[bytes] = []
+        self._waiting: list[dict[str, Any]] = []
+        self._artifacts: dict[str, dict[str, Any]] = {}
+        self._metrics: dict[str, float] = {}
+        self._results: dict[str, Any] | None = None
+        self._error: dict[str, Any] | None = None
+        self._phase = job.phase
+        self._beaten_at = self._flushed_at = self._asked_at = time.monotonic()
+        self._deadline = time.monotonic() + job.max_seconds
+
+    def run(self) -> str:
+        """Do it; return what became of the job."""
+        try:
+            self._fetch()
+            self._start()
+            code = self._follow()
+        except Stopped as stop:
+            self._kill()
+            return self._stopped(stop.reason)
+        except (NotFound, StoreUnavailable):
+            self._kill()
+            return self._insist(lambda: self._crashed(error.detail))
+        except OSError:
+            self._kill()
+            return self._insist(lambda: self._crashed(f"the worker's disk or processes failed: {error}"))
+        if self._error is not None and code == EXIT_FAILED:
+            error = {"code": self._error["code"], "detail": self._error["message"], "advice": self._error["advice"], "phase": self._phase, "retryable": False}
+            return self._insist(lambda: self._fail(error))
+        if code == 0 and self._results is not None:
+            return self._insist(self._succeed)
+        tail = b"".join(self._errors[-20:]).decode(errors="replace").strip().rsplit("\n", 1)[-1][:300]
+        return self._insist(lambda: self._crashed(f"the engine ended with code {code}{': ' + tail if tail else ''}"))
+
+    def clear(self) -> None:
+        """Stop what runs and remove the scratch folder."""
+        self._kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # -- before ---------------------------------------------------------------------------------------------------
+
+    def _fetch(self) -> None:
+        """Lay the inputs and the newest checkpoints into the scratch folder, verified."""
+        inputs = self._folder / "inputs"
+        inputs.mkdir(parents=True, mode=0o700)
+        (self._folder / "checkpoints").mkdir()
+        with self._database.read() as session:
+            model = library.get(session, Model, self._job.model_id, self._job.tenant)
+            roles = {"clean": self._job.dataset_id, "test": self._job.test_dataset_id}
+            data = {role: library.get(session, Dataset, found, self._job.tenant) for role, found in roles.items() if found}
+            kept = jobs.checkpoints(session, self._job.id)
+        self._objects.fetch(model.safe_sha256 or "", inputs / "model.safetensors")
+        for role, row in data.items():
+            (inputs / role).mkdir()
+            self._objects.fetch(row.safe_sha256 or "", inputs / role / "dataset.safetensors")
+            self._objects.fetch(row.details_sha256 or "", inputs / role / "dataset.json")
+            self._keep_alive()
+        for checkpoint in kept:
+            self._objects.fetch(checkpoint.sha256, self._folder / "checkpoints" / checkpoint.name)
+        request = self._job.request
+        evaluation = request.get("evaluation")
+        spec = {
+            "defense": request["defense"],
+            "model": "inputs/model.safetensors",
+            "clean": "inputs/clean",
+            "evaluation": {"test": "inputs/test", "attack": evaluation["attack"]} if evaluation else None,
+            "architecture": request.get("architecture"),
+            "preprocessing": request.get("preprocessing"),
+            "seed": self._job.seed,
+            "checkpoint_seconds": self._settings.checkpoint_seconds,
+        }
+        (self._folder / "job.json").write_text(json.dumps(spec))
+
+    def _start(self) -> None:
+        limits = {"memory": self._settings.engine_memory_bytes, "file_bytes": self._settings.engine_file_bytes}
+        kept = ("PATH", "LANG", "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "VIRTUAL_ENV", "TMPDIR")
+        environment = {name: os.environ[name] for name in kept if name in os.environ}
+        root = str(Path(__file__).resolve().parent.parent)
+        environment |= {
+            "PYTHONPATH": os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")])),
+            "PYTHONUNBUFFERED": "1",
+            "UNPOISON_ENGINE_LIMITS": json.dumps(limits),
+        }
+        self._child = subprocess.Popen(
+            [*self._command, str(self._folder)], env=environment, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        threading.Thread(target=self._listen, args=(self._child,), daemon=True).start()
+        threading.Thread(target=self._overhear, args=(self._child,), daemon=True).start()
+
+    def _listen(self, child: subprocess.Popen[bytes]) -> None:
+        assert child.stdout is not None
+        for line in child.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def _overhear(self, child: subprocess.Popen[bytes]) -> None:
+        assert child.stderr is not None
+        for line in child.stderr:
+            self._errors.append(line[:2000])
+            del self._errors[:-50]
+
+    # -- while it runs --------------------------------------------------------------------------------------------
+
+    def _follow(self) -> int:
+        """
+        Handle the engine's events until it ends; return its exit code.
+
+        Raises `Stopped`, `LostLease`.
+        """
+        assert self._child is not None
+        ended = False
+        while not ended:
+            try:
+                line = self._lines.get(timeout=TICK_SECONDS)
+                while line is not None:
+                    self._hear(line)
+                    line = self._lines.get_nowait()
+                ended = True
+            except queue.Empty:
+                pass
+            self._keep_alive()
+            if self._waiting and (ended or time.monotonic() - self._flushed_at >= 0.5):
+                self._flush()
+        return self._child.wait()
+
+    def _keep_alive(self) -> None:
+        """
+        Renew the lease, and stop for a cancel, a deadline or a shutdown.
+
+        A database that is away for a while is waited for: whoever took the job meanwhile shows in the fence.
+        """
+        moment = time.monotonic()
+        if self._draining():
+            raise Stopped("draining")
+        if moment > self._deadline:
+            raise Stopped("timeout")
+        if moment - self._asked_at < min(CANCEL_SECONDS, self._settings.beat_seconds):
+            return
+        self._asked_at = moment
+        try:
+            if moment - self._beaten_at >= self._settings.beat_seconds:
+                with self._database.write() as session:
+                    cancelled = jobs.beat(session, self._job.id, self._job.attempt, lease_seconds=self._settings.lease_seconds)
+                self._beaten_at = moment
+            else:
+                with self._database.read() as session:
+                    cancelled = jobs.cancel_requested(session, self._job.id, self._job.attempt)
+        except StoreUnavailable as error:
+            logger.warning("cannot renew the lease", error=error.detail)
+            return
+        if cancelled:
+            raise Stopped("cancel")
+
+    def _hear(self, line: bytes) -> None:
+        try:
+            event = json.loads(line)
+            kind, data = event["type"], event["data"]
+        except (ValueError, KeyError, TypeError):
+            self._waiting.append({"type": "log", "message": line.decode(errors="replace").strip()[:2000], "data": {}})
+            return
+        if kind == "result":
+            self._results = data
+            return
+        if kind == "error":
+            self._error = data
+            return
+        if kind == "artifact":
+            self._artifacts[data["name"]] = data
+        if kind == "metric" and data["name"] in ("ba", "asr"):
+            self._metrics[data["name"]] = data["value"]
+        self._waiting.append(event)
+
+    def _flush(self) -> None:
+        """Write what the engine said; checkpoints go to the object store first."""
+        events, self._waiting = self._waiting, []
+        self._flushed_at = time.monotonic()
+        phase = next((event["data"]["phase"] for event in reversed(events) if event["type"] == "phase"), None)
+        if phase is not None:
+            self._phase = phase
+        progress = next((event["data"] for event in reversed(events) if event["type"] == "progress"), None)
+        if progress is not None:
+            total = progress["total"] or 1
+            progress = {**progress, "fraction": progress["step"] / total, "metrics": dict(self._metrics)}
+        names = {event["data"]["name"] for event in events if event["type"] == "checkpoint"}
+        shown = [event for event in events if event["type"] != "checkpoint"]
+        try:
+            saved = [(name, self._keep(self._folder / "checkpoints" / name)[0]) for name in sorted(names)]
+            with self._database.write() as session:
+                jobs.record(session, self._job.id, self._job.attempt, shown, phase=phase, progress=progress, checkpoints=saved)
+        except StoreUnavailable as error:
+            logger.warning("cannot store events, will try again", error=error.detail)
+            self._waiting = events + self._waiting
+
+    def _keep(self, path: Path) -> tuple[str, int]:
+        sha256, size = self._objects.put(path, self._settings.scratch)
+        with self._database.write() as session:
+            library.touch(session, sha256, size)
+        return sha256, size
+
+    # -- after ----------------------------------------------------------------------------------------------------
+
+    def _succeed(self) -> str:
+        """Store the files, then point the row to them in one transaction: that is the moment of success."""
+        report = self._results or {}
+        rows = []
+        with self._database.read() as session:
+            suspect = library.get(session, Model, self._job.model_id, self._job.tenant)
+        moment = time.time()
+        for name, said in self._artifacts.items():
+            sha256, size = self._keep(self._folder / "out" / Path(name).name)
+            rows.append(
+                Artifact(
+                    id=ids.new("art"),
+                    job_id=self._job.id,
+                    tenant=self._job.tenant,
+                    kind=said["kind"],
+                    filename=name,
+                    media_type=said["media_type"],
+                    bytes=size,
+                    sha256=sha256,
+                    created_at=moment,
+                )  # fmt: skip
+            )
+            self._keep_alive_quietly()
+        cleaned = next((row for row in rows if row.kind == "cleaned_model"), None)
+        model = self._model(suspect, cleaned, moment) if cleaned is not None else None
+        results = {name: report.get(name) for name in ("before", "after", "der", "estimated", "findings", "recognised", "measured_on", "seconds")}
+        with self._database.write() as session:
+            jobs.succeed(session, self._job.id, self._job.attempt, results=results, artifacts=rows, model=model)
+        return "succeeded"
+
+    def _model(self, suspect: Model, cleaned: Artifact, moment: float) -> Model:
+        """Return the row that makes the purified weights a model of their own."""
+        with (self._folder / "out" / cleaned.filename).open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        tensors = {name: {"dtype": entry["dtype"], "shape": entry["shape"]} for name, entry in header.items()}
+        known = {name: value for name, value in (suspect.description or {}).items() if name not in ("container", "wrapper", "fence")}
+        return Model(
+            id=ids.new("mdl"), tenant=self._job.tenant, name=f"{suspect.name} after {self._job.method}"[:200], filename=cleaned.filename,
+            status=library.READY, bytes=cleaned.bytes, sha256=cleaned.sha256, safe_sha256=cleaned.sha256, labels={}, created_at=moment,
+            description={**known, "container": "safetensors", "wrapper": "", "tensors": tensors}, origin_job_id=self._job.id,
+        )  # fmt: skip
+
+    def _fail(self, error: dict[str, Any]) -> str:
+        with self._database.write() as session:
+            jobs.fail(session, self._job.id, self._job.attempt, error)
+        return "failed"
+
+    def _crashed(self, reason: str) -> str:
+        with self._database.write() as session:
+            return jobs.crashed(session, self._job.id, self._job.attempt, reason=reason, max_crashes=self._settings.max_crashes)
+
+    def _stopped(self, reason: str) -> str:
+        def act() -> str:
+            with self._database.write() as session:
+                if reason == "cancel":
+                    jobs.cancelled(session, self._job.id, self._job.attempt)
+                    return "cancelled"
+                jobs.release(session, self._job.id, self._job.attempt)
+                return "released"
+
+        if reason == "timeout":
+            error = {
+                "code": "timeout", "detail": f"the job ran longer than {self._job.max_seconds:g} s", "phase": self._phase, "retryable": False,
+                "advice": "Give a larger max_seconds, or fewer epochs.",
+            }  # fmt: skip
+            return self._insist(lambda: self._fail(error))
+        return self._insist(act)
+
+    def _insist(self, act: Callable[[], str]) -> str:
+        """Carry out the last write, waiting for a database or store that is away; the fence says if we are too late."""
+        pause = 0.5
+        until = time.monotonic() + max(10 * self._settings.lease_seconds, 60)
+        while True:
+            try:
+                if self._waiting:
+                    self._flush()
+                return act()
+            except (StoreUnavailable, OSError) as error:
+                if time.monotonic() > until:
+                    raise LostLease("the store was away for too long") from error
+                logger.warning("cannot finish yet", error=str(error))
+                time.sleep(pause)
+                pause = min(2 * pause, 5.0)
+                self._keep_alive_quietly()
+
+    def _keep_alive_quietly(self) -> None:
+        """Renew the lease while finishing; a cancel that comes now is too late."""
+        try:
+            with self._database.write() as session:
+                jobs.beat(session, self._job.id, self._job.attempt, lease_seconds=self._settings.lease_seconds)
+        except StoreUnavailable as error:
+            logger.warning("cannot renew the lease", error=error.detail)
+
+    def _kill(self) -> None:
+        """End the engine's whole process group: politely, then not."""
+        child = self._child
+        if child is None:
+            return
+        for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, 10.0)):
+            try:
+                os.killpg(child.pid, number)
+            except ProcessLookupError:
+                break
+            try:
+                child.wait(patience)
+            except subprocess.TimeoutExpired:
+                continue
+        child.wait()
+        if child.stdin is not None:
+            child.stdin.close()
+        self._child = None
+
+
+def sweep(settings: Settings, database: Database, objects: Objects, announce: Callable[[str], bool]) -> None:
+    """
+    Take back the jobs of dead workers, ring again for what waits, remove what nothing needs.
+
+    Raises `StoreError` when a floor does not answer; the next sweep tries again.
+    """
+    with database.read() as session:
+        dead = jobs.expired(session)
+    for job_id, fence in dead:
+        try:
+            with database.write() as session:
+                jobs.crashed(session, job_id, fence, reason="its worker was not heard of any more", max_crashes=settings.max_crashes, only_expired=True)
+        except LostLease:
+            continue
+    with database.write() as session:
+        waiting = jobs.unannounced(session, older_than_seconds=max(6 * settings.sweep_seconds, 5.0))
+    for job_id in waiting:
+        if not announce(job_id):
+            break
+
+
+def tidy(database: Database, objects: Objects) -> None:
+    """
+    Remove objects that no row has needed for an hour, and old answers.
+
+    Raises `StoreError`.
+    """
+    with database.write() as session:
+        gone = library.unreferenced(session, older_than_seconds=3600)
+        idempotency.forget_expired(session)
+    for sha256 in gone:
+        objects.delete(sha256)
