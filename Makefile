@@ -1,0 +1,38 @@
+# The two commands a newcomer needs: make demo, make test.
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONDONTWRITEBYTECODE = 1
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+.venv/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: .venv/ready ## backdoor a small model, purify it through the service, print before and after
+	@$(BIN)/python -m benchmarks.demo
+
+test: .venv/ready ## every test, on every database, queue and object store
+	$(BIN)/python -m pytest
+
+check: .venv/ready ## format, lint, types, import contracts, generated documents
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m benchmarks.documents --check
+
+documents: .venv/ready ## write the generated documents anew
+	$(BIN)/python -m benchmarks.documents
+
+serve: .venv/ready ## the service on this machine
+	$(BIN)/unpoison serve
+
+bench: .venv/ready ## the published table and the API's rates (needs CIFAR-10, see benchmarks/README.md)
+	$(BIN)/python -m benchmarks.published_mcldef
+	$(BIN)/python -m benchmarks.api
+
+.PHONY: help demo test check documents serve bench

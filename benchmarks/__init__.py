@@ -1,0 +1,1 @@
+"""The papers' tables and the speed comparisons, with their recorded results."""

@@ -1,0 +1,387 @@
+"""`unpoison`: the service from a terminal.
+
+Exit codes: 0 done, 1 usage or API error, 2 the job failed, 3 it crashed, 4 it was cancelled, 5 waiting took too long.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from client.errors import UnpoisonError, WaitTimeout
+from client.flows import Json
+from client.sessions import Client
+
+EXIT = {"succeeded": 0, "failed": 2, "crashed": 3, "cancelled": 4}
+EXIT_ERROR, EXIT_TIMEOUT = 1, 5
+err = Console(stderr=True)
+
+
+@dataclass
+class Output:
+    """How to print, and where the service is."""
+
+    as_json: bool = False
+    quiet: bool = False
+    url: str | None = None
+    api_key: str | None = None
+
+    def client(self) -> Client:
+        """Return a client for the chosen service."""
+        return Client(self.url, self.api_key)
+
+    def show(self, items: list[Json] | Json, columns: list[str]) -> None:
+        """Print as a table, as JSON (`--json`), or ids only (`-q`)."""
+        rows = items if isinstance(items, list) else [items]
+        if self.as_json:
+            print(json.dumps(items))
+        elif self.quiet:
+            for row in rows:
+                print(row.get("id", row.get("name", "")))
+        elif isinstance(items, list):
+            table = Table(*columns)
+            for row in rows:
+                table.add_row(*(_cell(row.get(column)) for column in columns))
+            Console().print(table)
+        else:
+            table = Table(show_header=False)
+            for name, value in items.items():
+                table.add_row(name, _cell(value))
+            Console().print(table)
+
+
+output = Output()
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+models, datasets, methods, jobs, artifacts = (typer.Typer(no_args_is_help=True) for _ in range(5))
+for _name, _group, _help in (
+    ("models", models, "Suspect and purified models."),
+    ("datasets", datasets, "Image sets."),
+    ("methods", methods, "What can be run."),
+    ("jobs", jobs, "Run and follow defenses."),
+    ("artifacts", artifacts, "What jobs gave back."),
+):
+    app.add_typer(_group, name=_name, help=_help)
+
+Id = Annotated[str, typer.Argument(metavar="ID")]
+File = Annotated[Path, typer.Argument(exists=True, dir_okay=False)]
+
+
+@app.callback()
+def _options(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print ids only.")] = False,
+    url: Annotated[str | None, typer.Option(envvar="UNPOISON_URL", help="Where the service is.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="UNPOISON_API_KEY", help="The key to use.", show_envvar=True)] = None,
+) -> None:
+    output.as_json, output.quiet, output.url, output.api_key = as_json, quiet, url, api_key
+
+
+# -- the machine ---------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve() -> None:
+    """Run the API and one worker on this machine."""
+    raise typer.Exit(subprocess.run([sys.executable, "-m", "service", "serve"], check=False).returncode)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what each floor of a service on this machine sees."""
+    more = ["--json"] if output.as_json else []
+    raise typer.Exit(subprocess.run([sys.executable, "-m", "service", "doctor", *more], check=False).returncode)
+
+
+# -- models and datasets -------------------------------------------------------------------------------------------
+
+
+def _uploads(group: typer.Typer, kind: str, columns: list[str]) -> None:
+    @group.command("upload", help=f"Upload one of your {kind} and wait until it was read.")
+    def upload(file: File, name: Annotated[str | None, typer.Option(help="What to call it.")] = None) -> None:
+        with output.client() as client, _transfer(f"uploading {file.name}") as told:
+            found = getattr(client, kind).upload(file, name=name, progress=told)
+        output.show(found, columns)
+
+    @group.command("ls", help=f"List {kind}.")
+    def listing() -> None:
+        with output.client() as client:
+            output.show(getattr(client, kind).list(), columns)
+
+    @group.command("show", help="Show one.")
+    def show(item: Id) -> None:
+        with output.client() as client:
+            output.show(getattr(client, kind).get(item), columns)
+
+    @group.command("rm", help="Delete one; refused while a job needs it.")
+    def remove(item: Id) -> None:
+        with output.client() as client:
+            getattr(client, kind).delete(item)
+
+    @group.command("download", help="Get the bytes back, as they were uploaded.")
+    def download(item: Id, to: Annotated[Path, typer.Option("-o", "--output")]) -> None:
+        with output.client() as client, _transfer(f"downloading {to.name}") as told:
+            getattr(client, kind).download(item, to, progress=told)
+
+
+_uploads(models, "models", ["id", "name", "status", "bytes", "created_at"])
+_uploads(datasets, "datasets", ["id", "name", "status", "bytes", "created_at"])
+
+
+# -- methods -------------------------------------------------------------------------------------------------------
+
+
+@methods.command("ls")
+def list_methods() -> None:
+    """List defenses and attacks."""
+    with output.client() as client:
+        output.show(client.methods.list(), ["name", "kind", "title", "summary"])
+
+
+@methods.command("show")
+def show_method(name: Annotated[str, typer.Argument()]) -> None:
+    """Show a method and its parameters."""
+    with output.client() as client:
+        method = client.methods.get(name)
+    if output.as_json:
+        print(json.dumps(method))
+        return
+    Console().print(f"[bold]{method['title']}[/bold] ({method['kind']}): {method['summary']}\n{method['paper']}\nneeds: {', '.join(method['needs'])}")
+    table = Table("parameter", "default", "bounds", "description")
+    for key, part in method["params_schema"]["properties"].items():
+        if key != "method":
+            table.add_row(key, _cell(method["defaults"].get(key)), _bounds(part), part.get("description") or part.get("title", ""))
+    Console().print(table)
+
+
+# -- jobs ----------------------------------------------------------------------------------------------------------
+
+
+@jobs.command("submit")
+def submit(
+    model: Annotated[str, typer.Option(help="Id of the suspect model.")],
+    dataset: Annotated[str, typer.Option(help="Id of the clean images.")],
+    method: Annotated[str, typer.Option(help="See `unpoison methods ls`.")],
+    param: Annotated[list[str] | None, typer.Option("-p", "--param", metavar="KEY=VALUE", help="A parameter; may be repeated.")] = None,
+    params: Annotated[Path | None, typer.Option(help="A JSON file of parameters.", exists=True)] = None,
+    test: Annotated[str | None, typer.Option(help="Id of a labelled test set: BA is measured on it.")] = None,
+    attack: Annotated[list[str] | None, typer.Option("--attack", metavar="KEY=VALUE", help="The known attack (method=badnets target=5): ASR is measured.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run nothing.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
+) -> None:
+    """Run a defense."""
+    defense = {**(json.loads(params.read_text()) if params else {}), **_pairs(param), "method": method}
+    evaluation = {"dataset_id": test, "attack": _pairs(attack) or None} if test else None
+    if attack and not test:
+        raise typer.BadParameter("--attack needs --test: ASR is measured on a test set")
+    with output.client() as client:
+        job = client.jobs.create(model=model, dataset=dataset, defense=defense, evaluation=evaluation, seed=seed, validate_only=dry_run)
+        if dry_run or not wait:
+            output.show(job, ["id"])
+            if not dry_run:
+                err.print(f"follow it: unpoison jobs watch {job['id']}")
+            return
+        _follow(client, job["id"], None)
+
+
+@jobs.command("ls")
+def list_jobs(status: Annotated[str | None, typer.Option()] = None) -> None:
+    """List jobs."""
+    with output.client() as client:
+        output.show(client.jobs.list(**({"status": status} if status else {})), ["id", "status", "method", "phase", "created_at"])
+
+
+@jobs.command("show")
+def show_job(job: Id) -> None:
+    """Show a job."""
+    with output.client() as client:
+        output.show(client.jobs.get(job), ["id"])
+
+
+@jobs.command("watch")
+def watch(job: Id, timeout: Annotated[float | None, typer.Option(help="Seconds.")] = None) -> None:
+    """Follow a job to its end; the exit code says how it ended."""
+    with output.client() as client:
+        _follow(client, job, timeout)
+
+
+@jobs.command("wait")
+def wait_for(job: Annotated[list[str], typer.Argument(metavar="ID...")], timeout: Annotated[float | None, typer.Option(help="Seconds.")] = None) -> None:
+    """Wait for jobs; the exit code is the worst one's."""
+    worst = 0
+    with output.client() as client:
+        for one in job:
+            found = client.jobs.wait(one, timeout=timeout)
+            output.show(found, ["id"])
+            worst = max(worst, EXIT[found["status"]])
+    raise typer.Exit(worst)
+
+
+@jobs.command("logs")
+def logs(job: Id, follow: Annotated[bool, typer.Option("-f", "--follow")] = False) -> None:
+    """Print a job's events."""
+    with output.client() as client:
+        for event in client.jobs.stream(job) if follow else client.jobs.events(job):
+            print(json.dumps(event) if output.as_json else f"{event['at']}  {event['type']:<9} {event['message']}")
+
+
+@jobs.command("cancel")
+def cancel(job: Id) -> None:
+    """Stop a job."""
+    with output.client() as client:
+        output.show(client.jobs.cancel(job), ["id", "status"])
+
+
+@jobs.command("retry")
+def retry(job: Id) -> None:
+    """Run a finished job again."""
+    with output.client() as client:
+        output.show(client.jobs.retry(job), ["id", "status"])
+
+
+@jobs.command("rm")
+def remove_job(job: Id) -> None:
+    """Delete a finished job and its files."""
+    with output.client() as client:
+        client.jobs.delete(job)
+
+
+# -- results -------------------------------------------------------------------------------------------------------
+
+
+@artifacts.command("ls")
+def list_artifacts(job: Id) -> None:
+    """List what a job gave back."""
+    with output.client() as client:
+        output.show(client.jobs.artifacts(job), ["id", "kind", "filename", "bytes", "sha256"])
+
+
+@artifacts.command("get")
+def get_artifact(
+    job: Id,
+    kind: Annotated[str, typer.Option(help="cleaned_model, report_json or trigger.")] = "cleaned_model",
+    to: Annotated[Path | None, typer.Option("-o", "--output")] = None,
+) -> None:
+    """Download a job's file, verified."""
+    with output.client() as client:
+        found = next((item for item in client.jobs.artifacts(job) if item["kind"] == kind), None)
+        if found is None:
+            raise typer.BadParameter(f"job {job} has no {kind}; see `unpoison artifacts ls {job}`")
+        target = to or Path(found["filename"])
+        with _transfer(f"downloading {target.name}") as told:
+            client.artifacts.download(found["id"], target, progress=told)
+    print(target)
+
+
+@app.command()
+def report(job: Id) -> None:
+    """Print a job's report."""
+    with output.client() as client:
+        found = client.jobs.report(job)
+    if output.as_json:
+        print(json.dumps(found))
+        return
+    table = Table("", "before", "after")
+    for name in ("ba", "ba_excluding_target", "asr", "pa"):
+        cells = [_rate((found[when] or {}).get(name)) for when in ("before", "after")]
+        if any(cells):
+            table.add_row(name, *cells)
+    Console().print(f"{found['method']} on {found['recognised']['architecture']}, {found['measured_on'] or 'nothing to measure on'}")
+    Console().print(table)
+    verdict = found["findings"].get("verdict")
+    if verdict:
+        Console().print(f"{verdict}: {found['findings']['reason']}")
+
+
+# -- shared --------------------------------------------------------------------------------------------------------
+
+
+def _follow(client: Client, job_id: str, timeout: float | None) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=err, transient=True, disable=output.quiet) as bars:
+            bar = bars.add_task("queued", total=1)
+
+            def seen(job: Json) -> None:
+                progress = job["progress"]
+                numbers = "  ".join(f"{name.upper()} {value:.1%}" for name, value in (progress or {}).get("metrics", {}).items())
+                step, total = (progress["step"], progress["total"]) if progress else (0, 1)
+                bars.update(bar, description=f"{job['status']} {job['phase'] or ''} {numbers}", completed=step, total=total)
+
+            job = client.jobs.wait(job_id, timeout=timeout, seen=seen)
+    except KeyboardInterrupt:
+        err.print(f"detached; the job goes on. Follow it: unpoison jobs watch {job_id}   stop it: unpoison jobs cancel {job_id}")
+        raise typer.Exit(EXIT_ERROR) from None
+    output.show(job, ["id"])
+    if job["error"]:
+        err.print(f"{job['error']['code']}: {job['error']['detail']} {job['error']['advice']}")
+    elif job["status"] == "succeeded":
+        err.print(f"unpoison report {job_id}   unpoison artifacts get {job_id} -o clean.safetensors")
+    raise typer.Exit(EXIT[job["status"]])
+
+
+@contextmanager
+def _transfer(title: str) -> Iterator[Callable[[int, int], None]]:
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=output.quiet) as bars:
+        bar = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)
+
+
+def _pairs(given: list[str] | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for pair in given or []:
+        for part in pair.split():
+            key, sign, value = part.partition("=")
+            if not sign:
+                raise typer.BadParameter(f"{part!r} is not KEY=VALUE")
+            try:
+                found[key] = json.loads(value)
+            except ValueError:
+                found[key] = value
+    return found
+
+
+def _bounds(part: Json) -> str:
+    parts = [part, *part.get("anyOf", ())]
+    names = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    words = [f"{sign} {piece[name]}" for piece in parts for name, sign in names.items() if name in piece]
+    return ", ".join([*words, *("|".join(map(str, piece["enum"])) for piece in parts if "enum" in piece)])
+
+
+def _rate(found: Json | None) -> str:
+    if not found or found["value"] is None:
+        return ""
+    return f"{found['value']:.2%} ({found['hits']}/{found['n']})"
+
+
+def _cell(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, (dict, list)) else "" if value is None else str(value)
+    return text if len(text) <= 300 else f"{text[:297]}…"
+
+
+def main() -> None:
+    """Run the command line; API errors are one sentence and exit code 1."""
+    try:
+        app()
+    except WaitTimeout as error:
+        err.print(str(error), markup=False)
+        sys.exit(EXIT_TIMEOUT)
+    except UnpoisonError as error:
+        err.print(str(error), style="red", markup=False)
+        sys.exit(EXIT_ERROR)
+
+
+if __name__ == "__main__":
+    main()
