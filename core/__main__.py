@@ -38,8 +38,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(folder: Path, emit: Any) -> int:
-    # Deterministic cuBLAS must be asked for before CUDA starts.
+    # Deterministic cuBLAS must be asked for before CUDA starts. Threads that wait must sleep: on a machine with other
+    # work, spinning ones make every operation wait for a time slice.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     import torch
     from pydantic import ValidationError
 
@@ -48,7 +50,8 @@ def _run(folder: Path, emit: Any) -> int:
     from core.run import Run
 
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     try:
         spec = job.JobSpec.model_validate_json((folder / "job.json").read_text())
     except (OSError, ValidationError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ GRACE_SECONDS = 2.0
 TICK_SECONDS = 0.1
 CANCEL_SECONDS = 0.5
 EXIT_FAILED = 3
-ENGINE = (sys.executable, "-m", "worker.engine")
+ENGINE = [sys.executable, "-m", "worker.engine"]
 
 
 class Stopped(Exception):
@@ -48,7 +49,6 @@ def run(
     *,
     owner: str,
     draining: Callable[[], bool] = lambda: False,
-    engine: tuple[str, ...] = ENGINE,
 ) -> str | None:
     """Run a job if it is there to be taken; return what became of it here, or None if it was not ours to run."""
     with database.write() as session:
@@ -56,7 +56,7 @@ def run(
     if job is None:
         return None
     with structlog.contextvars.bound_contextvars(job_id=job_id, attempt=job.attempt):
-        attempt = _Attempt(settings, database, objects, job, draining, engine)
+        attempt = _Attempt(settings, database, objects, job, draining)
         try:
             outcome = attempt.run()
         except LostLease:
@@ -70,9 +70,10 @@ def run(
 class _Attempt:
     """One attempt at a job; its number is the fence of every write."""
 
-    def __init__(self, settings: Settings, database: Database, objects: Objects, job: Job, draining: Callable[[], bool], engine: tuple[str, ...]) -> None:
+    def __init__(self, settings: Settings, database: Database, objects: Objects, job: Job, draining: Callable[[], bool]) -> None:
         self._settings, self._database, self._objects, self._job = settings, database, objects, job
-        self._draining, self._command = draining, engine
+        self._draining = draining
+        self._command = shlex.split(settings.engine_command) or ENGINE
         self._folder = settings.scratch / "jobs" / f"{job.id}-{job.attempt}-{os.getpid()}"
         self._child: subprocess.Popen[bytes] | None = None
         self._lines: queue.Queue[bytes | None] = queue.Queue()

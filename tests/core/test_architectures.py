@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from core import weights
+from core.architectures import recognise
+from core.architectures.resnet import ResNet
+from core.architectures.wide_resnet import WideResNet
+from core.classifier import Classifier, Preprocessing
+from core.errors import ArchitectureMismatch, ArchitectureUnknown, BadJob, BadWeights
+from core.images import ImageSet, as_floats
+
+UNIT = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def shapes(network: torch.nn.Module, prefix: str = "", renames: tuple[tuple[str, str], ...] = ()) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for name, value in network.state_dict().items():
+        for old, new in renames:
+            name = name.replace(old, new)
+        found[prefix + name] = tuple(value.shape)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "parameters", "entries"),
+    [(16, 1, 175_066, 82), (16, 2, 691_674, 83), (10, 1, 77_850, 46), (10, 2, 303_706, 47), (40, 1, 563_930, 226), (40, 2, 2_243_546, 227)],
+)
+def test_wide_resnets_have_the_published_size_and_are_recognised(depth: int, width: int, parameters: int, entries: int) -> None:
+    network = WideResNet(depth=depth, width=width, classes=10)
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    assert len(network.state_dict()) == entries
+    for prefix in ("", "module.", "module._orig_mod.", "model.net."):
+        (found,) = recognise(shapes(network, prefix))
+        assert (found.name, found.classes, found.channels, found.prefix) == (f"wrn-{depth}-{width}", 10, 3, prefix)
+
+
+@pytest.mark.parametrize(("stem", "parameters"), [("cifar", 11_173_962), ("cifar-maxpool", 11_173_962), ("imagenet", 11_181_642)])
+def test_resnet18_stems(stem: str, parameters: int) -> None:
+    network = ResNet(depth=18, classes=10, channels=3, stem=stem)
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    names = [found.name for found in recognise(shapes(network))]
+    assert names == (["resnet18"] if stem == "imagenet" else ["resnet18-cifar", "resnet18-cifar-maxpool"])
+
+
+def test_kuangliu_names_are_resnets_without_doubt() -> None:
+    renames = ((".downsample.", ".shortcut."), ("fc.", "linear."))
+    (found,) = recognise(shapes(ResNet(depth=18, classes=43, channels=3, stem="cifar"), "module.", renames))
+    assert (found.name, found.classes) == ("resnet18-cifar", 43)
+
+
+def test_resnet50_equals_torchvisions() -> None:
+    from torchvision.models import resnet50
+
+    theirs = resnet50(num_classes=7).eval()
+    (found,) = recognise({name: tuple(value.shape) for name, value in theirs.state_dict().items()})
+    assert found.name == "resnet50"
+    ours = weights.build(dict(theirs.state_dict()), found, UNIT)
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.allclose(ours(images), theirs(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("renamed", [False, True])
+def test_weights_go_back_out_under_the_names_they_came_with(tmp_path: object, prefix: str, renamed: bool) -> None:
+    network = ResNet(depth=18, classes=10, channels=3, stem="cifar")
+    state = {name.replace(".downsample.", ".shortcut.").replace("fc.", "linear.") if renamed else name: value for name, value in network.state_dict().items()}
+    given = {prefix + name: value for name, value in state.items()}
+    architecture = recognise({name: tuple(value.shape) for name, value in given.items()})[0]
+    path = tmp_path / "out.safetensors"  # type: ignore[operator]
+    weights.save(weights.build(given, architecture, UNIT), path)
+    back = load_file(path)
+    assert set(back) == set(state)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_features_and_stages_fit_together() -> None:
+    network = WideResNet(depth=10, width=1, classes=4).eval()
+    architecture = recognise(shapes(network))[0]
+    model = Classifier(network, architecture, UNIT)
+    images = torch.rand(2, 3, 32, 32)
+    assert [tuple(stage.shape[1:]) for stage in model.stages(images)] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    assert torch.allclose(model.head(model.features(images)), model(images))
+
+
+def test_a_wide_block_reads_the_activated_input_only_where_channels_change() -> None:
+    network = WideResNet(depth=10, width=1, classes=2).eval()
+    x = torch.randn(1, 16, 4, 4)
+    block = network.block1.layer[0]
+    expected = x + block.conv2(torch.relu(block.bn2(block.conv1(torch.relu(block.bn1(x))))))
+    assert torch.allclose(block(x.clone()), expected, atol=1e-6)
+    wider = network.block2.layer[0]
+    activated = torch.relu(wider.bn1(x))
+    expected = wider.convShortcut(activated) + wider.conv2(torch.relu(wider.bn2(wider.conv1(activated))))
+    assert torch.allclose(wider(x.clone()), expected, atol=1e-6)
+
+
+def test_unknown_names_are_listed() -> None:
+    with pytest.raises(ArchitectureUnknown, match=r"no architecture.*layers\.0\.weight"):
+        recognise({"layers.0.weight": (3, 3)})
+
+
+def test_contradictions_are_named() -> None:
+    state = WideResNet(depth=10, width=1, classes=10).state_dict()
+    architecture = recognise({name: tuple(value.shape) for name, value in state.items()})[0]
+    bent = {**state, "block2.layer.0.conv2.weight": torch.zeros(5, 5, 3, 3)}
+    del bent["bn1.bias"]
+    bent["surplus"] = torch.zeros(1)
+    with pytest.raises(ArchitectureMismatch, match=r"bn1\.bias is missing; surplus is left over; block2\.layer\.0\.conv2\.weight has shape"):
+        weights.build(bent, architecture, UNIT)
+
+
+def test_nan_weights_are_refused(tmp_path: object) -> None:
+    path = tmp_path / "nan.safetensors"  # type: ignore[operator]
+    save_file({"a": torch.tensor([float("nan")])}, path)
+    with pytest.raises(BadWeights, match="the first is a"):
+        weights.read(path)
+
+
+def trained_on(preprocessing: Preprocessing, stem: str) -> dict[str, torch.Tensor]:
+    """A ResNet whose BatchNorm statistics have seen images through `preprocessing` and `stem`."""
+    torch.manual_seed(1)
+    network = ResNet(depth=18, classes=10, channels=3, stem=stem)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the plain average over batches
+    images = as_floats(pictures().images)
+    mean, std = torch.tensor(preprocessing.mean)[:, None, None], torch.tensor(preprocessing.std)[:, None, None]
+    with torch.no_grad():
+        for batch in ((images - mean) / std).split(32):
+            network.train()(batch)
+    return network.state_dict()
+
+
+def pictures() -> ImageSet:
+    """Smooth colour images, like photographs in their statistics."""
+    noise = torch.rand(64, 3, 5, 5, generator=torch.Generator().manual_seed(2))
+    smooth = torch.nn.functional.interpolate(noise, size=(32, 32), mode="bilinear")
+    return ImageSet((smooth * 255).to(torch.uint8))
+
+
+@pytest.mark.parametrize("stem", ["cifar", "cifar-maxpool"])
+@pytest.mark.parametrize("index", [0, 2, 3])
+def test_preprocessing_and_maxpool_are_found_from_batchnorm(stem: str, index: int) -> None:
+    wanted = weights.PREPROCESSINGS[index]
+    model, found = weights.identify(trained_on(wanted, stem), pictures())
+    assert (found.preprocessing.name, found.architecture.name) == (wanted.name, f"resnet18-{stem}")
+    assert model.architecture == found.architecture
+
+
+def test_what_cannot_be_found_out_is_asked_for() -> None:
+    state = ResNet(depth=18, classes=10, channels=3, stem="cifar").state_dict()
+    with pytest.raises(BadJob, match="preprocessing"):
+        weights.identify(dict(state), None)
