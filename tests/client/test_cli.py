@@ -1,0 +1,117 @@
+"""The command line against a running service."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client import Client, ConnectionFailed
+from tests.conftest import Case
+from tests.stack import Stack, free_port
+
+
+def unpoison(stack: Stack, *arguments: str, key: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "UNPOISON_URL": stack.url, "UNPOISON_API_KEY": key, "UNPOISON_DATA_FOLDER": str(stack.folder), "COLUMNS": "200", **more}
+    return subprocess.run([sys.executable, "-m", "client.cli", *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_a_session(service: Stack, case: Case, tmp_path: Path) -> None:
+    key = service.make_key()
+
+    def run(*arguments: str, code: int = 0) -> str:
+        done = unpoison(service, *arguments, key=key)
+        assert done.returncode == code, (arguments, done.stdout, done.stderr)
+        return done.stdout.strip()
+
+    model = run("-q", "models", "upload", str(case.model), "--name", "suspect")
+    clean = run("-q", "datasets", "upload", str(case.clean))
+    test = run("-q", "datasets", "upload", str(case.test))
+    assert "suspect" in run("models", "ls") and json.loads(run("--json", "models", "show", model))["status"] == "ready"
+    assert "Neural Cleanse" in run("methods", "ls") and "temperature" in run("methods", "show", "mcldef")
+    plan = json.loads(run("--json", "jobs", "submit", "--model", model, "--dataset", clean, "--method", "mcldef", "-p", "target=5", "--dry-run"))
+    assert plan["request"]["defense"]["target"] == 5
+    few = ("-p", "target=5", "-p", "inversion_epochs=2", "-p", "epochs=2")
+    attack = ("--test", test, "--attack", "method=badnets target=5")
+    job = run("-q", "jobs", "submit", "--model", model, "--dataset", clean, "--method", "mcldef", *few, *attack, "--wait")
+    assert job in run("-q", "jobs", "ls", "--status", "succeeded")
+    assert run("-q", "jobs", "watch", job) == job
+    assert "state" in run("jobs", "logs", job)
+    target = tmp_path / "clean.safetensors"
+    assert run("artifacts", "get", job, "-o", str(target)) == str(target) and target.stat().st_size > 1000
+    assert "asr" in run("report", job) and json.loads(run("--json", "report", job))["method"] == "mcldef"
+    run("models", "download", model, "-o", str(tmp_path / "back"))
+    assert (tmp_path / "back").read_bytes() == case.model.read_bytes()
+    again = run("-q", "jobs", "retry", job)
+    run("jobs", "cancel", again)
+    assert run("-q", "jobs", "wait", again, code=4) == again
+    run("jobs", "rm", job)
+    assert "not_found" in unpoison(service, "jobs", "show", job, key=key).stderr
+
+
+def test_errors_are_one_sentence_and_an_exit_code(api: Stack, tmp_path: Path) -> None:
+    key = api.make_key()
+    (tmp_path / "bad.pt").write_bytes(b"no model")
+    done = unpoison(api, "models", "upload", str(tmp_path / "bad.pt"), key=key)
+    assert done.returncode == 1 and "unsupported_format" in done.stderr and "Traceback" not in done.stderr
+    assert unpoison(api, "models", "ls", key="upk_wrong").returncode == 1
+    lost = unpoison(api, "models", "ls", key=key, UNPOISON_URL=f"http://127.0.0.1:{free_port()}")
+    assert lost.returncode == 1 and "does not answer" in lost.stderr
+    assert unpoison(api, "jobs", "submit", key=key).returncode == 2
+
+
+def test_doctor_names_every_floor(api: Stack) -> None:
+    done = unpoison(api, "--json", "doctor", key="x", **api.environment)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert {"database", "queue", "objects", "sandbox", "hardware"} <= set(found)
+    assert found["database"]["state"] == "ok" and found["sandbox"]["layers"]
+
+
+class Flaky(BaseHTTPRequestHandler):
+    answers: list[tuple[int, dict[str, str]]] = []
+    seen: list[str | None] = []
+
+    def do_POST(self) -> None:
+        self.seen.append(self.headers.get("Idempotency-Key"))
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        status, headers = self.answers.pop(0)
+        body = json.dumps({"id": "job_1", "code": "store_unavailable", "detail": "away"}).encode()
+        self.send_response(status)
+        for name, value in {**headers, "Content-Type": "application/json", "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *ignored: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("answers", "tries"), [([(503, {"Retry-After": "0"}), (200, {})], 2), ([(503, {"X-Should-Retry": "false"})], 1), ([(422, {})], 1)])
+def test_retries_keep_their_key_and_obey_the_server(answers: list[tuple[int, dict[str, str]]], tries: int) -> None:
+    from client import ApiError
+
+    Flaky.answers, Flaky.seen = list(answers), []
+    server = HTTPServer(("127.0.0.1", 0), Flaky)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with Client(f"http://127.0.0.1:{server.server_port}", "k") as client:
+        if answers[-1][0] == 200:
+            client.jobs.create(model="m", dataset="d", defense={})
+        else:
+            with pytest.raises(ApiError):
+                client.jobs.create(model="m", dataset="d", defense={})
+    server.shutdown()
+    server.server_close()
+    assert len(Flaky.seen) == tries and len(set(Flaky.seen)) == 1 and Flaky.seen[0]
+
+
+def test_a_dead_service_is_said_so() -> None:
+    with Client(f"http://127.0.0.1:{free_port()}", "k", retries=0) as client, pytest.raises(ConnectionFailed, match="does not answer"):
+        client.jobs.list()

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from core import catalog, snapshot
+from core.attacks.badnets import BadNets, stamp
+from core.catalog import Kind
+from core.errors import BadDataset, Cancelled, Diverged
+from core.images import ImageSet
+from core.run import Run
+from core.training import fit, one_cycle, steps
+from tests.conftest import QUICK, Case
+
+
+class Interrupted(Exception):
+    pass
+
+
+def work(run: Run, stop_at: int | None = None) -> torch.Tensor:
+    """Two stages with an optimizer, a generator and global randomness; may die in the middle of the first."""
+    torch.manual_seed(run.seed)
+    network = nn.Linear(4, 2)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+    counts: dict[str, Any] = {"steps": 0}
+    generator = run.generator("work")
+    for step in run.stage("first", total=6, network=network, optimizer=optimizer, counts=counts, generator=generator):
+        if step == stop_at:
+            raise Interrupted
+        noise = torch.randn(3, 4, generator=generator) + torch.rand(3, 4)
+        network(noise).square().sum().backward()
+        optimizer.step()
+        counts["steps"] += 1
+    second = run.stage("second", total=100, network=network)
+    for step in second:
+        with torch.no_grad():
+            network.weight.add_(torch.rand(2, 4))
+        if step == 2:
+            second.stop()
+    assert counts["steps"] == 6
+    return network.weight.detach().clone()
+
+
+def test_resumed_equals_undisturbed(tmp_path: Path) -> None:
+    wanted = work(Run(seed=3))
+    for stop_at in range(6):
+        folder = tmp_path / str(stop_at)
+        with pytest.raises(Interrupted):
+            work(Run(seed=3, folder=folder, config="c", checkpoint_seconds=0), stop_at)
+        torch.manual_seed(99)
+        assert torch.equal(work(Run(seed=3, folder=folder, config="c", checkpoint_seconds=0)), wanted)
+        # Once more, when everything is done: nothing runs, the state is there.
+        assert torch.equal(work(Run(seed=3, folder=folder, config="c")), wanted)
+
+
+def test_a_checkpoint_of_another_job_or_a_damaged_one_is_ignored(tmp_path: Path) -> None:
+    wanted = work(Run(seed=3))
+    with pytest.raises(Interrupted):
+        work(Run(seed=3, folder=tmp_path, config="a", checkpoint_seconds=0), 4)
+    assert torch.equal(work(Run(seed=3, folder=tmp_path, config="b", checkpoint_seconds=0)), wanted)
+    path = tmp_path / "checkpoints" / "first.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(work(Run(seed=3, folder=tmp_path, config="b", checkpoint_seconds=0)), wanted)
+
+
+def test_a_stopped_run_saves_and_ends(tmp_path: Path) -> None:
+    run = Run(folder=tmp_path, config="c", checkpoint_seconds=1e9)
+    seen = []
+    with pytest.raises(Cancelled):
+        for step in run.stage("work", total=10, values=torch.zeros(1)):
+            seen.append(step)
+            run.stopping = step == 2
+    again = Run(folder=tmp_path, config="c")
+    assert next(iter(again.stage("work", total=10, values=torch.zeros(1)))) == 3
+    assert seen == [0, 1, 2]
+
+
+def test_once_is_computed_once(tmp_path: Path) -> None:
+    calls: list[int] = []
+    for _ in range(2):
+        assert Run(folder=tmp_path, config="c").once("before", lambda: calls.append(1) or {"a": 1.5}) == {"a": 1.5}  # type: ignore[func-returns-value]
+    assert len(calls) == 1
+
+
+def test_snapshots_keep_integer_keys_and_layout(tmp_path: Path) -> None:
+    value = {0: torch.zeros(1, 2, 3, 3).to(memory_format=torch.channels_last), "list": [1, None, "x", 0.5]}
+    snapshot.write(tmp_path / "s", value, header={"step": 1})
+    found = snapshot.read(tmp_path / "s")
+    assert found is not None
+    assert found[0] == {"step": 1} and found[1]["list"] == value["list"]
+    assert found[1][0].is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(TypeError):
+        snapshot.write(tmp_path / "s", object(), header={})
+
+
+def test_seeds_and_scopes_give_their_own_streams() -> None:
+    draws = {name: torch.rand(2, generator=Run(seed=seed).generator(scope)).tolist() for name, seed, scope in (("a", 0, "x"), ("b", 0, "y"), ("c", 1, "x"))}
+    assert draws["a"] == torch.rand(2, generator=Run(seed=0).generator("x")).tolist()
+    assert draws["a"] != draws["b"] != draws["c"]
+
+
+def test_training_reports_divergence() -> None:
+    data = ImageSet(torch.zeros(8, 1, 2, 2, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
+    network = nn.Linear(1, 1)
+    with pytest.raises(Diverged, match="epoch 1"):
+        fit(
+            Run(), "bad", data=data, loss=lambda images, labels: network(torch.full((1, 1), float("nan"))).sum(), network=network,
+            optimizer=torch.optim.SGD(network.parameters(), lr=1.0), schedule=steps((0, 1.0)), epochs=1, batch_size=4,
+        )  # fmt: skip
+
+
+def test_schedules() -> None:
+    rate = steps((0, 0.1), (1, 0.01), (10, 0.001))
+    assert [rate(epoch) for epoch in (0, 0.9, 1, 9.5, 10, 19)] == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    cycle = one_cycle(10, 0.4)
+    assert cycle(0) == 0 and cycle(2.5) == pytest.approx(0.4) and cycle(10) == pytest.approx(0)
+
+
+# -- every method of the catalogue -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", catalog.methods())
+def test_every_method_describes_itself(name: str) -> None:
+    described = catalog.methods()[name].describe()
+    assert described["title"] and described["summary"].endswith(".") and described["paper"]
+    for key, part in described["params_schema"]["properties"].items():
+        assert key == "method" or part["title"], key
+    json.dumps(described)
+
+
+@pytest.mark.parametrize("name", catalog.defenses())
+def test_parameters_are_bounded(name: str) -> None:
+    for key, part in catalog.defenses()[name].params.model_json_schema()["properties"].items():
+        for piece in [part, *part.get("anyOf", ())]:
+            if piece.get("type") in ("integer", "number"):
+                assert {"minimum", "exclusiveMinimum"} & set(piece), key
+                assert {"maximum", "exclusiveMaximum"} & set(piece), key
+
+
+SMALL: dict[str, dict[str, Any]] = {"neural_cleanse": {"passes": 3, "batches_per_pass": 2}, "mcldef": QUICK, "fine_tuning": {"epochs": 3}}
+
+
+def lay_out(folder: Path, case: Case, method: str) -> Path:
+    (folder / "inputs").mkdir(parents=True)
+    (folder / "inputs" / "model.safetensors").write_bytes(case.model.read_bytes())
+    case.data.clean.save(folder / "inputs" / "clean")
+    case.data.test.save(folder / "inputs" / "test")
+    spec = {
+        "defense": {**SMALL.get(method, {}), "method": method},
+        "model": "inputs/model.safetensors",
+        "clean": "inputs/clean",
+        "evaluation": {"test": "inputs/test", "attack": {"method": "badnets", "target": 5}},
+        "checkpoint_seconds": 0,
+    }
+    (folder / "job.json").write_text(json.dumps(spec))
+    return folder
+
+
+def engine(folder: Path) -> tuple[int, list[dict[str, Any]]]:
+    done = subprocess.run([sys.executable, "-m", "core", str(folder)], capture_output=True, text=True, check=False)
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("name", catalog.defenses())
+def test_every_defense_runs_resumes_and_stops(name: str, case: Case, tmp_path: Path) -> None:
+    code, events = engine(lay_out(tmp_path / "whole", case, name))
+    assert code == 0, events[-1]
+    report = json.loads((tmp_path / "whole" / "out" / "report.json").read_text())
+    assert events[-1]["type"] == "result" and events[-1]["data"]["findings"] == report["findings"]
+    assert {"phase", "metric", "progress", "checkpoint", "artifact"} <= {event["type"] for event in events}
+    kind = catalog.defenses()[name].kind
+    assert (tmp_path / "whole" / "out" / "model.safetensors").exists() == (kind is not Kind.INSPECT)
+
+    folder = lay_out(tmp_path / "cut", case, name)
+    process = subprocess.Popen([sys.executable, "-m", "core", str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    checkpoints = 0
+    for line in process.stdout:
+        checkpoints += json.loads(line)["type"] == "checkpoint"
+        if checkpoints == 3:
+            process.terminate()
+            break
+    process.communicate(timeout=60)
+    assert process.returncode == 4
+    code, events = engine(folder)
+    assert code == 0
+    again = json.loads((folder / "out" / "report.json").read_text())
+    for part in ("before", "after", "findings", "model"):
+        assert again.get(part) == report.get(part), part
+
+
+def test_the_engine_says_what_is_wrong(case: Case, tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "job", case, "mcldef")
+    spec = json.loads((folder / "job.json").read_text())
+    for change, code, words in (
+        ({"defense": {"method": "nothing"}}, "invalid_job", "no method 'nothing'"),
+        ({"defense": {"method": "mcldef", "target": 10}}, "invalid_job", "not one of the model's 10 classes"),
+        ({"evaluation": {"test": "inputs/test", "attack": {"method": "badnets", "target": 3, "right": 14}}}, "dataset_invalid", "lies outside"),
+        ({"clean": "inputs/nowhere"}, "dataset_invalid", "no readable data set"),
+        ({"surprise": 1}, "invalid_job", "surprise"),
+    ):
+        (folder / "job.json").write_text(json.dumps({**spec, **change}))
+        exit_code, events = engine(folder)
+        assert exit_code == 3, events
+        assert events[-1]["data"]["code"] == code
+        assert words in events[-1]["message"]
+        assert events[-1]["data"]["advice"]
+
+
+def test_an_engine_without_supervisor_ends(case: Case, tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "job", case, "mcldef")
+    process = subprocess.Popen([sys.executable, "-m", "core", str(folder), "--watch-stdin"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(30) == 1
+
+
+# -- the attack -------------------------------------------------------------------------------------------------------
+
+
+def test_badnets_grid_on_black() -> None:
+    stamped = stamp(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), BadNets(method="badnets", target=0))
+    white = {(int(row), int(column)) for row, column in (stamped[0, 0] == 255).nonzero()}
+    assert white == {(7, 7), (7, 5), (6, 6), (5, 7)}
+    assert torch.equal(stamped[0, 0], stamped[0, 2])
+
+
+def test_badnets_elsewhere_and_own_cells() -> None:
+    images = torch.full((2, 1, 6, 6), 9, dtype=torch.uint8)
+    stamped = stamp(images, BadNets(method="badnets", target=0, pattern="custom", cells=[[1, 2]], bottom=1, right=3))
+    assert stamped[0, 0, 4].tolist() == [9, 1, 2, 9, 9, 9]
+    assert int((stamped != images).sum()) == 4
+    assert images.unique().tolist() == [9]
+    with pytest.raises(BadDataset, match="lies outside"):
+        stamp(images, BadNets(method="badnets", target=0, bottom=4))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"target": -1}, {"target": True}, {"target": "1"}, {"target": 0, "pattern": "custom"}, {"target": 0, "cells": [[1]]}, {"target": 0, "size": 3}]
+)
+def test_bad_recipes_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        catalog.validate(catalog.attacks(), {"method": "badnets", **bad})

@@ -1,0 +1,241 @@
+"""Every code of the catalogue, provoked through HTTP."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from core.architectures.wide_resnet import WideResNet
+from service.problems import CATALOGUE
+from tests.conftest import Case, StackMaker, Uploaded, upload
+from tests.stack import Stack
+
+SEEN: set[str] = set()
+
+
+@dataclass
+class World:
+    """An API without workers, a client of one tenant, and what it has uploaded."""
+
+    stack: Stack
+    http: httpx.Client
+    uploaded: Uploaded
+    case: Case
+    key: str
+
+    def job(self, **change: Any) -> dict[str, Any]:
+        body = {"model_id": self.uploaded.model["id"], "dataset_id": self.uploaded.clean["id"], "defense": {"method": "mcldef", "target": 5}}
+        return body | change
+
+    def made(self) -> str:
+        return str(self.http.post("/v1/jobs", json=self.job()).json()["id"])
+
+    def put(self, kind: str, data: bytes, **headers: str) -> httpx.Response:
+        return self.http.post(f"/v1/{kind}", content=data, headers={"Content-Type": "application/octet-stream", **headers})
+
+
+@pytest.fixture(scope="module")
+def world(api: Stack, case: Case) -> Iterator[World]:
+    with api.client() as client:
+        uploaded = upload(client, case)
+        key = client._transport._http.headers["Authorization"]
+        with httpx.Client(base_url=api.url, headers={"Authorization": key}, timeout=60) as http:
+            yield World(api, http, uploaded, case, key)
+
+
+def archive(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as target:
+        for name, data in files.items():
+            target.writestr(name, data)
+    return out.getvalue()
+
+
+def npz(**arrays: Any) -> bytes:
+    out = io.BytesIO()
+    np.savez(out, **arrays)
+    return out.getvalue()
+
+
+def pickled() -> bytes:
+    out = io.BytesIO()
+    torch.save(torch.nn.Linear(1, 1), out)
+    return out.getvalue()
+
+
+def bent() -> bytes:
+    state = WideResNet(depth=10, width=1, classes=10).state_dict()
+    return save({**state, "block2.layer.0.conv2.weight": torch.zeros(5, 5, 3, 3)})
+
+
+def with_other_key(world: World, method: str, path: str, **key: Any) -> httpx.Response:
+    secret = world.stack.make_key(**key)
+    return httpx.request(method, world.stack.url + path, headers={"Authorization": f"Bearer {secret}"})
+
+
+def reused(world: World) -> httpx.Response:
+    headers = {"Idempotency-Key": "the-same"}
+    assert world.http.post("/v1/jobs", json=world.job(), headers=headers).status_code == 202
+    return world.http.post("/v1/jobs", json=world.job(seed=4), headers=headers)
+
+
+def rejected_then_used(world: World) -> httpx.Response:
+    refused = world.put("models", pickled())
+    return world.http.post("/v1/jobs", json=world.job(model_id=refused.headers["location"].rsplit("/", 1)[-1]))
+
+
+def in_use(world: World) -> httpx.Response:
+    world.made()
+    return world.http.delete(f"/v1/models/{world.uploaded.model['id']}")
+
+
+def nan() -> bytes:
+    state = WideResNet(depth=10, width=1, classes=10).state_dict()
+    return save({**state, "fc.bias": torch.full((10,), float("nan"))})
+
+
+PROVOKED: list[tuple[str, str, Callable[[World], httpx.Response]]] = [
+    ("malformed_body", "not JSON", lambda w: w.http.post("/v1/jobs", content=b"{", headers={"Content-Type": "application/json"})),
+    ("malformed_body", "no part called", lambda w: w.http.post("/v1/models", files={"other": b"x"})),
+    ("malformed_body", "empty", lambda w: w.put("models", b"")),
+    ("unauthenticated", "Authorization", lambda w: httpx.get(f"{w.stack.url}/v1/jobs")),
+    ("unauthenticated", "not known", lambda w: httpx.get(f"{w.stack.url}/v1/jobs", headers={"Authorization": "Bearer upk_wrong"})),
+    ("key_expired", "expired", lambda w: with_other_key(w, "GET", "/v1/jobs", expires_at=time.time() - 1)),
+    ("insufficient_scope", "write", lambda w: with_other_key(w, "POST", "/v1/jobs/job_x/cancel", scopes=("read",))),
+    ("insufficient_scope", "admin", lambda w: with_other_key(w, "GET", "/v1/keys", scopes=("read", "write"))),
+    ("not_found", "no job", lambda w: w.http.get("/v1/jobs/job_0")),
+    ("not_found", "no method", lambda w: w.http.get("/v1/methods/nothing")),
+    ("not_found", "", lambda w: w.http.get("/nowhere")),
+    ("report_not_ready", "comes with success", lambda w: w.http.get(f"/v1/jobs/{w.made()}/report")),
+    ("method_not_allowed", "", lambda w: w.http.put("/v1/jobs")),
+    ("not_acceptable", "application/json", lambda w: w.http.get(f"/v1/jobs/{w.made()}/report", headers={"Accept": "application/pdf"})),
+    ("not_terminal", "cancel it first", lambda w: w.http.delete(f"/v1/jobs/{w.made()}")),
+    ("not_terminal", "wait for its end", lambda w: w.http.post(f"/v1/jobs/{w.made()}/retry")),
+    ("in_use", "needs model", in_use),
+    ("not_ready", "rejected", rejected_then_used),
+    ("too_large", "3000000", lambda w: w.put("models", b"\0" * 3_000_001)),
+    ("too_large", "3000000", lambda w: w.http.post("/v1/models", content=iter([b"\0" * 1_000_000] * 4))),
+    ("unsupported_media_type", "octet-stream", lambda w: w.put("models", b"{}", **{"Content-Type": "application/json"})),
+    ("range_not_satisfiable", "bytes", lambda w: w.http.get(f"/v1/models/{w.uploaded.model['id']}/content", headers={"Range": "bytes=99999999-"})),
+    ("invalid_parameters", "/defense/epochs", lambda w: w.http.post("/v1/jobs", json=w.job(defense={"method": "mcldef", "epochs": 0}))),
+    ("invalid_parameters", "/defense/speed", lambda w: w.http.post("/v1/jobs", json=w.job(defense={"method": "mcldef", "speed": 1}))),
+    ("invalid_parameters", "mcldef", lambda w: w.http.post("/v1/jobs", json=w.job(defense={"method": "magic"}))),
+    ("invalid_parameters", "must be a number", lambda w: w.http.post("/v1/jobs", json=w.job(defense={"method": "mcldef", "epochs": "5"}))),
+    ("invalid_parameters", "10 classes", lambda w: w.http.post("/v1/jobs", json=w.job(defense={"method": "mcldef", "target": 10}))),
+    ("invalid_parameters", "/surprise", lambda w: w.http.post("/v1/jobs", json=w.job(surprise=1))),
+    ("idempotency_key_reused", "another request", reused),
+    ("digest_mismatch", "sha-256", lambda w: w.put("models", b"abc", **{"Repr-Digest": "sha-256=:AAAA:"})),
+    ("unsafe_file", "pickled model object", lambda w: w.put("models", pickled())),
+    ("unsupported_format", "no checkpoint", lambda w: w.put("models", b"I am a model" * 10)),
+    ("unsupported_format", "neither a zip", lambda w: w.put("datasets", b"I am a zip")),
+    ("damaged_file", "header", lambda w: w.put("models", w.case.model.read_bytes()[:-7])),
+    ("weights_not_finite", "fc.bias", lambda w: w.put("models", nan())),
+    ("architecture_unknown", "no architecture", lambda w: w.put("models", save({"layer.weight": torch.zeros(2, 2)}))),
+    ("architecture_mismatch", "contradict", lambda w: w.put("models", bent())),
+    ("architecture_mismatch", "wrn-10-1, not", lambda w: w.http.post("/v1/jobs", json=w.job(architecture="resnet18"))),
+    ("dataset_invalid", "is empty", lambda w: w.put("datasets", npz(images=np.zeros((0, 8, 8, 1), np.uint8)))),
+    ("dataset_invalid", "has 3 classes, the model 10", lambda w: w.http.post("/v1/jobs", json=w.job(dataset_id=other_classes(w)))),
+    ("dataset_invalid", "channels", lambda w: w.http.post("/v1/jobs", json=w.job(dataset_id=coloured(w)))),
+    ("dataset_invalid", "no labels", lambda w: w.http.post("/v1/jobs", json=w.job(defense={"method": "fine_tuning"}, dataset_id=unlabelled(w)))),
+    ("dataset_invalid", "no labels", lambda w: w.http.post("/v1/jobs", json=w.job(evaluation={"dataset_id": unlabelled(w)}))),
+]
+
+
+def other_classes(world: World) -> str:
+    data = npz(images=np.zeros((3, 16, 16, 1), np.uint8), labels=np.arange(3), class_names=np.array(["a", "b", "c"]))
+    return str(world.put("datasets", data).json()["id"])
+
+
+def coloured(world: World) -> str:
+    return str(world.put("datasets", npz(images=np.zeros((10, 16, 16, 3), np.uint8), labels=np.arange(10))).json()["id"])
+
+
+def unlabelled(world: World) -> str:
+    return str(world.put("datasets", npz(images=np.zeros((10, 16, 16, 1), np.uint8))).json()["id"])
+
+
+@pytest.mark.parametrize(("code", "words", "act"), PROVOKED, ids=[f"{code}-{index}" for index, (code, _, _) in enumerate(PROVOKED)])
+def test_provoked(world: World, code: str, words: str, act: Callable[[World], httpx.Response]) -> None:
+    answer = act(world)
+    assert answer.headers["content-type"] == "application/problem+json", answer.text
+    problem = answer.json()
+    assert (problem["code"], problem["status"], answer.status_code) == (code, CATALOGUE[code].status, CATALOGUE[code].status), problem
+    assert words in problem["detail"] + str(problem["errors"]), problem
+    assert problem["request_id"] == answer.headers["request-id"]
+    assert len(problem["detail"]) < 2000 and "Traceback" not in problem["detail"]
+    SEEN.add(code)
+    # Nothing else was harmed.
+    assert world.http.get(f"/v1/models/{world.uploaded.model['id']}").json()["status"] == "ready"
+
+
+def test_a_dead_database_is_store_unavailable(make_stack: StackMaker, tmp_path: Path) -> None:
+    stack = make_stack("production")
+    stack.start_api()
+    with stack.client(retries=0) as client:
+        import sqlalchemy as sa
+
+        url = stack.database.url
+        stack.database.engine.dispose()
+        admin = sa.create_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
+        with admin.connect() as connection:
+            connection.execute(sa.text(f'alter database "{url.database}" with allow_connections false'))
+            connection.execute(sa.text(f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{url.database}'"))
+            answer = client._transport._http.get("/v1/jobs")
+            assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (503, "store_unavailable", "5")
+            SEEN.add(answer.json()["code"])
+            assert httpx.get(f"{stack.url}/readyz", timeout=30).status_code == 503
+            assert httpx.get(f"{stack.url}/livez").status_code == 200
+            connection.execute(sa.text(f'alter database "{url.database}" with allow_connections true'))
+        assert client._transport._http.get("/v1/jobs").status_code == 200
+        admin.dispose()
+
+
+def test_a_full_disk_is_storage_full(make_stack: StackMaker) -> None:
+    """A file system of 64 KiB lies where incoming files go (the tests' machine is a container of its own: we are root)."""
+    stack = make_stack("laptop")
+    stack.start_api()
+    incoming = stack.objects.incoming(stack.folder)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(incoming)], capture_output=True, check=False).returncode:
+        SEEN.add("storage_full")
+        pytest.skip("mounting a small file system needs root")
+    try:
+        with stack.client(retries=0) as client:
+            answer = client._transport._http.post("/v1/models", content=b"\0" * 2_000_000, headers={"Content-Type": "application/octet-stream"})
+            assert (answer.status_code, answer.json()["code"]) == (507, "storage_full")
+            SEEN.add("storage_full")
+            assert list(incoming.iterdir()) == []
+            assert client.models.list() == []
+    finally:
+        subprocess.run(["umount", str(incoming)], check=True)
+
+
+def test_an_unforeseen_error_is_internal_and_says_nothing_inside(make_stack: StackMaker) -> None:
+    import sqlalchemy as sa
+
+    stack = make_stack("laptop")
+    stack.start_api()
+    with stack.client(retries=0) as client:
+        with stack.database.engine.connect() as connection:
+            connection.execute(sa.text("alter table job rename to elsewhere"))
+            connection.commit()
+        answer = client._transport._http.get("/v1/jobs")
+        problem = answer.json()
+        assert (answer.status_code, problem["code"]) in {(500, "internal"), (503, "store_unavailable")}
+        SEEN.add(problem["code"])
+        assert "select" not in answer.text.lower()
+
+
+def test_the_whole_catalogue_was_provoked() -> None:
+    assert set(CATALOGUE) == SEEN
