@@ -175,7 +175,9 @@ def submit(
     param: Annotated[list[str] | None, typer.Option("-p", "--param", metavar="KEY=VALUE", help="A parameter; may be repeated.")] = None,
     params: Annotated[Path | None, typer.Option(help="A JSON file of parameters.", exists=True)] = None,
     test: Annotated[str | None, typer.Option(help="Id of a labelled test set: BA is measured on it.")] = None,
-    attack: Annotated[list[str] | None, typer.Option("--attack", metavar="KEY=VALUE", help="The known attack (method=badnets target=5): ASR is measured.")] = None,
+    attack: Annotated[
+        list[str] | None, typer.Option("--attack", metavar="KEY=VALUE", help="The known attack (method=badnets target=5): ASR is measured.")
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run nothing.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,

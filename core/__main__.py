@@ -1,5 +1,4 @@
-"""
-`python -m core FOLDER`: carry out FOLDER/job.json; JSON events on stdout, logs on stderr.
+"""`python -m core FOLDER`: carry out FOLDER/job.json; JSON events on stdout, logs on stderr.
 
 Exit codes: 0 done, 3 the engine says why not (an `error` event), 4 stopped on request, 1 anything else.
 """

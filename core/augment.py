@@ -11,8 +11,7 @@ Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
 def crop_and_flip(padding: int = 4) -> Augment:
-    """
-    Return the usual CIFAR augmentation: zero-pad, crop back to size at random, mirror half of the images.
+    """Return the usual CIFAR augmentation: zero-pad, crop back to size at random, mirror half of the images.
 
     The result maps (N, C, H, W) to the same shape and dtype. Draws come from the generator (on the CPU), so that
     they are the same on every device.

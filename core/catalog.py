@@ -1,5 +1,4 @@
-"""
-The catalogue: how a file with a `Params` class and a `run` function becomes a public method.
+"""The catalogue: how a file with a `Params` class and a `run` function becomes a public method.
 
 Everything else (validation, OpenAPI, `GET /v1/methods`, CLI options, docs, registry-driven tests) follows from it.
 """
@@ -44,28 +43,34 @@ class Need(StrEnum):
     SUSPECT_DATASET = "suspect_dataset"
 
 
-class Params(BaseModel):
-    """Base of every method's parameters: unknown keys and wrong types are errors, values never change."""
+class Strict(BaseModel):
+    """A model from outside: unknown keys are errors, and `true` or `"0.4"` is no number.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    pydantic's own strict mode would refuse the valid JSON integer 4.0.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _no_lax_numbers(cls, data: Any) -> Any:
-        """Refuse `true` and `"0.4"` where a number is meant; pydantic's strict mode would refuse the integer 4.0 too."""
         if isinstance(data, dict):
             for name, info in cls.model_fields.items():
-                value = data.get(name)
                 kinds = {info.annotation, *typing.get_args(info.annotation)}
-                if isinstance(value, (bool, str)) and kinds & {int, float} and type(value) not in kinds and "Literal" not in str(kinds):
-                    raise ValueError(f"{name} must be a number, not {type(value).__name__}")
+                if kinds & {int, float} and not kinds & {str, bool} and isinstance(data.get(name), (bool, str)):
+                    raise ValueError(f"{name} must be a number, not {type(data[name]).__name__}")
         return data
+
+
+class Params(Strict):
+    """Base of every method's parameters."""
+
+    model_config = ConfigDict(frozen=True)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """
-    What a method works on.
+    """What a method works on.
 
     Attributes:
         model: the suspect classifier on the run's device.
@@ -82,8 +87,7 @@ class Inputs:
 
 @dataclass
 class Outcome:
-    """
-    What a method hands back.
+    """What a method hands back.
 
     Attributes:
         model: the purified or trained classifier.
@@ -98,8 +102,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Method:
-    """
-    One public method.
+    """One public method.
 
     Attributes:
         name: the file's name; what `method` says in a request.
@@ -139,8 +142,7 @@ _METHODS: dict[str, Method] = {}
 
 
 def defense(*, title: str, paper: str, needs: tuple[Need, ...]) -> Callable[[Callable[[Run, Inputs, Any], Outcome]], Any]:
-    """
-    Register `run(run, inputs, params)` of a file under `core/defenses/KIND/` as a method.
+    """Register `run(run, inputs, params)` of a file under `core/defenses/KIND/` as a method.
 
     The kind is the folder, the name is the file, the parameters are the class annotated on `params`.
     """
@@ -153,8 +155,7 @@ def defense(*, title: str, paper: str, needs: tuple[Need, ...]) -> Callable[[Cal
 
 
 def attack(*, title: str, paper: str) -> Callable[[Callable[[torch.Tensor, Any], torch.Tensor]], Any]:
-    """
-    Register `stamp(images, params)` of a file under `core/attacks/`: uint8 (N, C, H, W) in and out.
+    """Register `stamp(images, params)` of a file under `core/attacks/`: uint8 (N, C, H, W) in and out.
 
     The parameters must have `target`, the class the attack leads to.
     """

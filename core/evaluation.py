@@ -48,8 +48,7 @@ def triggered(test: ImageSet, attack: Params) -> torch.Tensor:
 
 
 def evaluate(classifier: Classifier, test: ImageSet, attack: Params | None = None, *, mixed: bool = False) -> dict[str, Any]:
-    """
-    Measure a classifier on labelled clean images and, if the attack is declared, on triggered ones.
+    """Measure a classifier on labelled clean images and, if the attack is declared, on triggered ones.
 
     Returns rates (see `rate`): `ba` over all images, `per_class`; with an attack `ba_excluding_target`, and
     `asr` and `pa` over the images whose class is not the target. `asr` here is always *measured*.

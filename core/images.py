@@ -16,8 +16,7 @@ from core.errors import BadDataset
 
 @dataclass(frozen=True)
 class ImageSet:
-    """
-    Images with what is known of them.
+    """Images with what is known of them.
 
     Attributes:
         images: (N, C, H, W) uint8 in 0..255; channels-last in memory.
@@ -65,8 +64,7 @@ class ImageSet:
 
     @classmethod
     def load(cls, folder: Path) -> ImageSet:
-        """
-        Read the folder form: `dataset.safetensors` and `dataset.json`. Images are memory-mapped.
+        """Read the folder form: `dataset.safetensors` and `dataset.json`. Images are memory-mapped.
 
         Raises `BadDataset` when the folder does not hold a data set.
         """

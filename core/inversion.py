@@ -1,5 +1,4 @@
-"""
-Trigger inversion: the smallest patch that sends clean images to a label, for one label or all at once.
+"""Trigger inversion: the smallest patch that sends clean images to a label, for one label or all at once.
 
 Labels are independent problems: Adam is element-wise and the model is in eval mode, so stacking their masks (L, H, W)
 and patterns (L, C, H, W) and adding their losses gives each label the trajectory it would have alone.
@@ -24,8 +23,7 @@ from core.training import batches, mixed_precision
 
 @dataclass(frozen=True)
 class Triggers:
-    """
-    Recovered triggers of L labels.
+    """Recovered triggers of L labels.
 
     Attributes:
         labels: the class each one leads to.
@@ -84,8 +82,7 @@ class Objective(Protocol):
 
 
 class FixedCost:
-    """
-    MCLDef's objective (Eq. 2): cross-entropy + lambda * ||m||_1, clamped after every step, last iterate kept.
+    """MCLDef's objective (Eq. 2): cross-entropy + lambda * ||m||_1, clamped after every step, last iterate kept.
 
     Args:
         count: labels. shape: (C, H, W).
@@ -145,8 +142,7 @@ class FixedCost:
 
 
 class DynamicCost:
-    """
-    Neural Cleanse's objective (Wang et al., S&P 2019): tanh parameters and a cost that follows the success rate.
+    """Neural Cleanse's objective (Wang et al., S&P 2019): tanh parameters and a cost that follows the success rate.
 
     The cost starts at 0, is set to `initial` after `patience` successful passes, doubled (times `factor`) after as many
     successes and divided by factor**1.5 after as many failures. The smallest successful mask is kept.
@@ -260,8 +256,7 @@ def invert(
     augment: Augment = none,
     mixed: bool = True,
 ) -> Triggers:
-    """
-    Recover the triggers of `labels` as one resumable stage.
+    """Recover the triggers of `labels` as one resumable stage.
 
     One pass goes over `clean` (or `batches_per_pass` batches of it). Labels that the objective calls finished keep
     their parameters and leave the batch.
@@ -316,8 +311,7 @@ def invert(
 
 
 def anomaly_index(norms: Sequence[float]) -> np.ndarray:
-    """
-    Return `|n - median| / (1.4826 * MAD)` of each mask norm (Neural Cleanse), (L,) float64.
+    """Return `|n - median| / (1.4826 * MAD)` of each mask norm (Neural Cleanse), (L,) float64.
 
     NumPy's median averages the middle two of an even count, as the original does; zero MAD gives zeros.
     """

@@ -17,7 +17,8 @@ from core.images import ImageSet
 from core.inversion import stamp
 from core.run import Run
 
-Channels = Annotated[list[float], Field(min_length=1, max_length=16)]
+Number = Annotated[float, Field(strict=True)]
+Channels = Annotated[list[Number], Field(min_length=1, max_length=16)]
 
 
 class PreprocessingSpec(BaseModel):
@@ -25,7 +26,7 @@ class PreprocessingSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     mean: Channels
-    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1, max_length=16)]
+    std: Annotated[list[Annotated[Number, Field(gt=0)]], Field(min_length=1, max_length=16)]
 
 
 class EvaluationSpec(BaseModel):
@@ -37,8 +38,7 @@ class EvaluationSpec(BaseModel):
 
 
 class JobSpec(BaseModel):
-    """
-    `job.json`: what to do; paths are relative to the job's folder.
+    """`job.json`: what to do; paths are relative to the job's folder.
 
     Attributes:
         defense: `{"method": …, …params}`.
@@ -59,8 +59,7 @@ class JobSpec(BaseModel):
 
 
 def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
-    """
-    Carry out a job and return its report, which is also written to `out/report.json`.
+    """Carry out a job and return its report, which is also written to `out/report.json`.
 
     Raises `EngineError` for everything a user can do something about, `Cancelled` when told to stop.
     """

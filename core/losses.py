@@ -7,8 +7,7 @@ import torch.nn.functional as F
 
 
 def model_contrastive(student: torch.Tensor, clean: torch.Tensor, poisoned: torch.Tensor, *, temperature: float) -> torch.Tensor:
-    """
-    Return the batch mean of MCLDef's model-contrastive loss (Eqs. 3 and 4).
+    """Return the batch mean of MCLDef's model-contrastive loss (Eqs. 3 and 4).
 
     Every anchor has one positive, the teacher's feature of the clean image, and one negative, the teacher's feature
     of the triggered image: `softplus((sim(z, z_poi) - sim(z, z_cle)) / tau)` with cosine similarities, the closed

@@ -50,8 +50,7 @@ class Stage:
 
 
 class Run:
-    """
-    The world as a method sees it.
+    """The world as a method sees it.
 
     Args:
         seed: every random draw of the job derives from it.
@@ -120,8 +119,7 @@ class Run:
     # -- steps that survive a crash -----------------------------------------------------------------------------
 
     def stage(self, name: str, *, total: int, **state: Any) -> Stage:
-        """
-        Return a loop over `total` steps that reports progress, can be cancelled and resumes where it was.
+        """Return a loop over `total` steps that reports progress, can be cancelled and resumes where it was.
 
         `state` names what a step changes: modules, optimizers, generators, tensors (restored in place) and
         dictionaries of JSON values. After the loop they hold the final state, whether it ran now or before a crash.
@@ -184,8 +182,7 @@ class Run:
     # -- files out ----------------------------------------------------------------------------------------------
 
     def output(self, name: str) -> Path:
-        """
-        Return the path of a result file called `name`.
+        """Return the path of a result file called `name`.
 
         Raises `ValueError` when the run keeps no files.
         """

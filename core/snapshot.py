@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 
 
 def pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """
-    Replace every tensor inside `value` by a reference into `tensors`; the rest becomes JSON.
+    """Replace every tensor inside `value` by a reference into `tensors`; the rest becomes JSON.
 
     Dictionaries keep non-string keys (optimizers use integers). Raises `TypeError` for anything else.
     """

@@ -72,8 +72,7 @@ def fit(
     after_epoch: Callable[[int], None] = lambda epoch: None,
     mixed: bool = True,
 ) -> list[float]:
-    """
-    Minimise `loss(images, labels)` over `data` as a resumable stage; return each epoch's mean loss.
+    """Minimise `loss(images, labels)` over `data` as a resumable stage; return each epoch's mean loss.
 
     Args:
         name: the stage's name.

@@ -45,8 +45,7 @@ GREY = tuple(
 
 @dataclass(frozen=True)
 class Recognition:
-    """
-    What a checkpoint turned out to be, and how sure that is.
+    """What a checkpoint turned out to be, and how sure that is.
 
     Attributes:
         scores: BatchNorm-consistency scores of the candidates, best first: (architecture, preprocessing, score).
@@ -77,8 +76,7 @@ class Recognition:
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    """
-    Read the tensors intake wrote.
+    """Read the tensors intake wrote.
 
     Raises `BadWeights` when the file is not safetensors or a value is not finite.
     """
@@ -96,8 +94,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def contradictions(shapes: Shapes, architecture: Architecture) -> None:
-    """
-    Compare names and shapes with those of the architecture; no weight is allocated.
+    """Compare names and shapes with those of the architecture; no weight is allocated.
 
     Raises `ArchitectureMismatch` when a tensor is missing, left over or of another shape.
     """
@@ -116,8 +113,7 @@ def contradictions(shapes: Shapes, architecture: Architecture) -> None:
 
 
 def build(tensors: dict[str, torch.Tensor], architecture: Architecture, preprocessing: Preprocessing) -> Classifier:
-    """
-    Rebuild the classifier.
+    """Rebuild the classifier.
 
     Raises `ArchitectureMismatch` when a tensor is missing, left over or of another shape.
     """
@@ -138,8 +134,7 @@ def identify(
     architecture: str | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> tuple[Classifier, Recognition]:
-    """
-    Recognise the architecture and, unless given, find the preprocessing by BatchNorm consistency.
+    """Recognise the architecture and, unless given, find the preprocessing by BatchNorm consistency.
 
     Args:
         images: plausible inputs; up to 512 are used. Needed when anything has to be found out.
@@ -205,8 +200,7 @@ def _most_consistent(
 
 @torch.no_grad()
 def batchnorm_consistency(classifier: Classifier, images: torch.Tensor) -> float | None:
-    """
-    Return how far the inputs of the BatchNorm layers are from their stored statistics; None without such layers.
+    """Return how far the inputs of the BatchNorm layers are from their stored statistics; None without such layers.
 
     The mean over layers of `mean((mu - rm)^2 / (rv + eps)) + mean(log^2((v + eps) / (rv + eps)))`, channel by channel;
     lower is better. Images are floats in [0, 1], (N, C, H, W).

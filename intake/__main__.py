@@ -1,5 +1,4 @@
-"""
-`python -m intake {model|dataset} FILE FOLDER`: read a stranger's file in a fence; one JSON line of verdict on stdout.
+"""`python -m intake {model|dataset} FILE FOLDER`: read a stranger's file in a fence; one JSON line of verdict on stdout.
 
 Exit codes: 0 taken in, 3 refused, anything else: the reader failed and the file counts as refused.
 `python -m intake self-test` proves the fence instead and prints which layers hold and what they deny.

@@ -21,8 +21,7 @@ MAX_DEPTH = 8
 
 
 def take_in(path: Path, folder: Path) -> dict[str, Any]:
-    """
-    Read the checkpoint at `path`, write `folder/model.safetensors`, and return what it is as JSON.
+    """Read the checkpoint at `path`, write `folder/model.safetensors`, and return what it is as JSON.
 
     Raises `Refusal`.
     """

@@ -28,8 +28,7 @@ CHUNK = 1 << 20
 
 
 def take_in(path: Path, folder: Path) -> dict[str, Any]:
-    """
-    Read the data set at `path`, write `folder/dataset.safetensors` and `folder/dataset.json`, return what it is.
+    """Read the data set at `path`, write `folder/dataset.safetensors` and `folder/dataset.json`, return what it is.
 
     Raises `Refusal`.
     """
@@ -108,10 +107,9 @@ def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
 
 def _class_folders(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], folder: Path) -> dict[str, Any]:
     """Decode CLASS/NAME images; a common top folder is dropped; class folders in alphabetical order are the labels."""
-    paths = {name: name.split("/") for name in members}
-    while len({parts[0] for parts in paths.values()}) == 1 and all(len(parts) > 2 for parts in paths.values()):
-        paths = {name: parts[1:] for name, parts in paths.items()}
-    images = {name: parts for name, parts in paths.items() if "." + parts[-1].rsplit(".", 1)[-1].lower() in ENDINGS}
+    images = {name: name.split("/") for name in members if "." + name.rsplit(".", 1)[-1].lower() in ENDINGS}
+    while len({parts[0] for parts in images.values()}) == 1 and all(len(parts) > 2 for parts in images.values()):
+        images = {name: parts[1:] for name, parts in images.items()}
     if not images:
         raise Refusal("dataset_invalid", f"none of the {len(members)} files is an image", f"Use one folder a class with {', '.join(sorted(ENDINGS))} files.")
     stray = [name for name, parts in images.items() if len(parts) != 2]

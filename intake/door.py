@@ -13,8 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Verdict:
-    """
-    What became of a file.
+    """What became of a file.
 
     Attributes:
         ready: whether it was taken in; then `description` says what it is and the folder holds safetensors and JSON.

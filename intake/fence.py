@@ -1,5 +1,4 @@
-"""
-The fence around a process that reads a stranger's bytes: what it cannot do even when its parser is wrong.
+"""The fence around a process that reads a stranger's bytes: what it cannot do even when its parser is wrong.
 
 Every layer is tried and proved by `self_test`; a layer the host lacks is named, not assumed.
 """
@@ -36,8 +35,7 @@ READ_ACCESS, WRITE_ACCESS = 0x0C, 0x1FFF & ~0x0D  # read file and directory; eve
 
 
 def confine(*, readable: Sequence[Path], writable: Sequence[Path], memory: int, cpu_seconds: int, file_bytes: int) -> list[str]:
-    """
-    Give up everything a reader of files does not need; return the names of the layers that took hold.
+    """Give up everything a reader of files does not need; return the names of the layers that took hold.
 
     Args:
         readable, writable: the only paths that stay reachable, where the kernel can enforce it.
@@ -91,8 +89,7 @@ def no_new_privileges() -> list[str]:
 
 
 def self_test(secret: Path) -> dict[str, bool]:
-    """
-    Try, inside the fence, what it must deny; return {what: denied}.
+    """Try, inside the fence, what it must deny; return {what: denied}.
 
     Args:
         secret: an existing file outside the allowed paths.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 
 class Refusal(Exception):
-    """
-    The file will not be taken in.
+    """The file will not be taken in.
 
     Attributes:
         code: `unsafe_file`, `unsupported_format`, `damaged_file`, `weights_not_finite`, `dataset_invalid` or `too_large`.

@@ -1,5 +1,4 @@
-"""
-An abstract interpreter over pickle opcodes: it never imports and never calls.
+"""An abstract interpreter over pickle opcodes: it never imports and never calls.
 
 Globals are names. A short list of tensor builders makes records of where bytes lie; harmless bookkeeping (numpy
 scalars, argument namespaces) becomes an inert stub; every other global refuses the file by name.
@@ -73,8 +72,7 @@ INERT = {
 
 
 class Interpreter:
-    """
-    Runs one pickle to an abstract value.
+    """Runs one pickle to an abstract value.
 
     Args:
         storage: called with each persistent id; returns the storage it names.
@@ -87,8 +85,7 @@ class Interpreter:
         self._memo: dict[int, Any] = {}
 
     def load(self, file: BinaryIO) -> Any:
-        """
-        Interpret up to STOP; the file is left after it.
+        """Interpret up to STOP; the file is left after it.
 
         Raises `Refusal` for anything that is not plain data and tensors.
         """

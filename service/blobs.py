@@ -17,8 +17,7 @@ RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 
 def blob(request: Request, objects: Objects, *, sha256: str, size: int, filename: str, media_type: str, created_at: float) -> Response:
-    """
-    Answer with an object's bytes, or the part of them the request asks for.
+    """Answer with an object's bytes, or the part of them the request asks for.
 
     Raises `Problem` (`range_not_satisfiable`).
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,7 @@ CATALOGUE = {
 
 
 class Problem(Exception):
-    """
-    An error answer.
+    """An error answer.
 
     Args:
         code: a key of `CATALOGUE`.
@@ -116,7 +116,11 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         codes = {404: "not_found", 405: "method_not_allowed", 400: "malformed_body", 413: "too_large", 415: "unsupported_media_type"}
         code = codes.get(error.status_code, "internal")
-        return response(request, Problem(code, str(error.detail), headers=dict(error.headers or {})))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            # Starlette names the methods of the first route of this path only.
+            headers["Allow"] = ", ".join(_methods(request)) or headers.get("Allow", "")
+        return response(request, Problem(code, str(error.detail), headers=headers))
 
     async def anything(request: Request, error: Exception) -> JSONResponse:
         return response(request, Problem("internal", "The error was logged under this request's id; please report it."))
@@ -126,6 +130,15 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, validation)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, anything)
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods that the document lists for the request's path."""
+    found: set[str] = set()
+    for template, methods in request.app.openapi()["paths"].items():
+        if re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(template)), request.url.path):
+            found |= {method.upper() for method in methods}
+    return sorted(found)
 
 
 def documented(*codes: str) -> dict[int | str, dict[str, Any]]:

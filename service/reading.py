@@ -100,8 +100,7 @@ class Reader:
 
 
 def recognised(description: dict[str, Any]) -> dict[str, Any]:
-    """
-    Return what the tensors' names and shapes say: architecture candidates, classes, input.
+    """Return what the tensors' names and shapes say: architecture candidates, classes, input.
 
     Raises `ArchitectureUnknown`, `ArchitectureMismatch`.
     """

@@ -22,12 +22,12 @@ from service.problems import Problem
 BLOCK = 4 << 20
 STALL_SECONDS = 30.0
 MAX_FIELD = 16 << 10
+DRAIN, DRAIN_SECONDS = 64 << 20, 5.0
 
 
 @dataclass
 class Received:
-    """
-    A body on disk.
+    """A body on disk.
 
     Attributes:
         path: in the folder for incoming files; the receiver adopts or removes it.
@@ -94,13 +94,13 @@ class _Sink:
 
 
 async def receive(request: Request, folder: Path, *, limit: int) -> Received:
-    """
-    Take a raw body or the `file` part of a multipart form.
+    """Take a raw body or the `file` part of a multipart form.
 
     Raises `Problem`: `too_large`, `unsupported_media_type`, `malformed_body`, `digest_mismatch`, `storage_full`.
     """
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit + (1 << 20):
+        await _drain(request)
         raise Problem("too_large", f"The body has {announced} bytes, at most {limit} are taken.")
     kind, options = parse_options_header(request.headers.get("content-type", "application/octet-stream"))
     try:
@@ -123,10 +123,28 @@ async def receive(request: Request, folder: Path, *, limit: int) -> Received:
     except OSError as error:
         await sink.abandon()
         raise _full(error) from error
+    except Problem:
+        await sink.abandon()
+        await _drain(request)
+        raise
     except BaseException:
         await sink.abandon()
         raise
     return received
+
+
+async def _drain(request: Request) -> None:
+    """Read on for a moment: a client that is still sending when the connection closes never sees the answer."""
+    left = DRAIN
+    try:
+        async with asyncio.timeout(DRAIN_SECONDS):
+            async for piece in _body(request):
+                left -= len(piece)
+                if left < 0:
+                    return
+    except (TimeoutError, Problem, RuntimeError):
+        # Nothing more to be polite about: the stream was consumed, or the client is slow.
+        return
 
 
 async def _body(request: Request) -> AsyncIterator[bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, StringConstraints
+from pydantic import BaseModel, Field, PlainSerializer, StringConstraints
 
 from core import catalog
 from core.job import PreprocessingSpec
@@ -23,14 +23,15 @@ Time = Annotated[float, PlainSerializer(_rfc3339, return_type=str), Field(json_s
 OptionalTime = Annotated[float | None, PlainSerializer(_rfc3339, return_type=str | None)]
 NoNul = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=200)]
 Name = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", min_length=1, max_length=200)]
-Metadata = Annotated[dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]+$", min_length=1, max_length=64)], NoNul], Field(max_length=16)]
+Metadata = Annotated[
+    dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]+$", min_length=1, max_length=64)], NoNul],
+    Field(max_length=16, json_schema_extra={"additionalProperties": False}),
+]
 Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z]{2,5}_[0-9a-z]{26}$")]
 
 
-class Incoming(BaseModel):
+class Incoming(catalog.Strict):
     """Base of request bodies."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class FieldError(BaseModel):

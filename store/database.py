@@ -55,8 +55,7 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """
-        Open a session for reading.
+        """Open a session for reading.
 
         Raises `StoreUnavailable` when the database does not answer.
         """
@@ -65,8 +64,7 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """
-        Open a session that commits at the end, or rolls back on an error.
+        """Open a session that commits at the end, or rolls back on an error.
 
         Raises `StoreUnavailable` when the database does not answer.
         """

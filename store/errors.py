@@ -4,8 +4,7 @@ from __future__ import annotations
 
 
 class StoreError(Exception):
-    """
-    A request that contradicts what is stored.
+    """A request that contradicts what is stored.
 
     Attributes:
         code: a code of the problem catalogue.

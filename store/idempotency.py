@@ -21,8 +21,7 @@ KEPT_SECONDS = 24 * 3600
 def once(
     database: Database, *, key_id: str, route: str, value: str | None, request: Any, act: Callable[[Session], dict[str, Any]]
 ) -> tuple[dict[str, Any], bool]:
-    """
-    Return `(act(session), False)`, or `(the stored answer, True)` if this key was used for the same request.
+    """Return `(act(session), False)`, or `(the stored answer, True)` if this key was used for the same request.
 
     Concurrent uses of one key wait for each other in the database: the second is a replay.
 

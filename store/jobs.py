@@ -46,8 +46,7 @@ def create(
 
 
 def get(session: Session, job_id: str, tenant: str) -> Job:
-    """
-    Return a tenant's job.
+    """Return a tenant's job.
 
     Raises `NotFound`, the same for another tenant's.
     """
@@ -61,8 +60,7 @@ def get(session: Session, job_id: str, tenant: str) -> Job:
 
 
 def claim(session: Session, job_id: str, *, owner: str, lease_seconds: float) -> Job | None:
-    """
-    Take a queued job; None when somebody else has it, or nobody needs to.
+    """Take a queued job; None when somebody else has it, or nobody needs to.
 
     The returned job's `attempt` is the fence that every later write must show.
     """
@@ -87,8 +85,7 @@ def claim(session: Session, job_id: str, *, owner: str, lease_seconds: float) ->
 
 
 def beat(session: Session, job_id: str, fence: int, *, lease_seconds: float) -> bool:
-    """
-    Renew the lease; return whether the job was asked to stop.
+    """Renew the lease; return whether the job was asked to stop.
 
     Raises `LostLease` when another attempt owns the job.
     """
@@ -97,8 +94,7 @@ def beat(session: Session, job_id: str, fence: int, *, lease_seconds: float) -> 
 
 
 def cancel_requested(session: Session, job_id: str, fence: int) -> bool:
-    """
-    Say whether the job was asked to stop.
+    """Say whether the job was asked to stop.
 
     Raises `LostLease` when another attempt owns the job.
     """
@@ -118,8 +114,7 @@ def record(
     progress: dict[str, Any] | None = None,
     checkpoints: Iterable[tuple[str, str]] = (),
 ) -> None:
-    """
-    Append events and what they say of the job; `checkpoints` are (name, sha256).
+    """Append events and what they say of the job; `checkpoints` are (name, sha256).
 
     Raises `LostLease`.
     """
@@ -137,8 +132,7 @@ def record(
 
 
 def succeed(session: Session, job_id: str, fence: int, *, results: dict[str, Any], artifacts: Sequence[Artifact], model: Model | None) -> None:
-    """
-    Finish a job with its artifacts and the model it made.
+    """Finish a job with its artifacts and the model it made.
 
     Raises `LostLease`: the loser's files stay unreferenced.
     """
@@ -147,8 +141,7 @@ def succeed(session: Session, job_id: str, fence: int, *, results: dict[str, Any
 
 
 def fail(session: Session, job_id: str, fence: int, error: dict[str, Any]) -> None:
-    """
-    Finish a job that the engine says cannot be done.
+    """Finish a job that the engine says cannot be done.
 
     Raises `LostLease`.
     """
@@ -156,8 +149,7 @@ def fail(session: Session, job_id: str, fence: int, error: dict[str, Any]) -> No
 
 
 def cancelled(session: Session, job_id: str, fence: int) -> None:
-    """
-    Finish a job whose processes have stopped after a request to cancel.
+    """Finish a job whose processes have stopped after a request to cancel.
 
     Raises `LostLease`.
     """
@@ -165,8 +157,7 @@ def cancelled(session: Session, job_id: str, fence: int) -> None:
 
 
 def release(session: Session, job_id: str, fence: int) -> None:
-    """
-    Give a job back to the queue because this worker is leaving; no crash is counted.
+    """Give a job back to the queue because this worker is leaving; no crash is counted.
 
     Raises `LostLease`.
     """
@@ -174,8 +165,7 @@ def release(session: Session, job_id: str, fence: int) -> None:
 
 
 def crashed(session: Session, job_id: str, fence: int, *, reason: str, max_crashes: int, only_expired: bool = False) -> str:
-    """
-    Note that a process of this attempt died; return the job's new status (queued, crashed or cancelled).
+    """Note that a process of this attempt died; return the job's new status (queued, crashed or cancelled).
 
     Args:
         only_expired: do it only if the lease has run out, for somebody who saw that a moment ago.
@@ -236,8 +226,7 @@ def announced(session: Session, job_ids: Sequence[str]) -> None:
 
 
 def request_cancel(session: Session, job_id: str, tenant: str) -> Job:
-    """
-    Ask a job to stop: a queued one ends at once, a running one becomes `cancelling`, a finished one stays.
+    """Ask a job to stop: a queued one ends at once, a running one becomes `cancelling`, a finished one stays.
 
     Raises `NotFound`.
     """
@@ -265,8 +254,7 @@ def request_cancel(session: Session, job_id: str, tenant: str) -> Job:
 
 
 def retry(session: Session, job_id: str, tenant: str) -> Job:
-    """
-    Create a new job with the request and seed of a finished one.
+    """Create a new job with the request and seed of a finished one.
 
     Raises `NotFound`, `NotTerminal`.
     """
@@ -281,8 +269,7 @@ def retry(session: Session, job_id: str, tenant: str) -> Job:
 
 
 def delete(session: Session, job_id: str, tenant: str) -> None:
-    """
-    Delete a finished job with its events and artifacts; a model it made stays.
+    """Delete a finished job with its events and artifacts; a model it made stays.
 
     Raises `NotFound`, `NotTerminal`.
     """
@@ -306,8 +293,7 @@ def artifacts(session: Session, job_id: str) -> list[Artifact]:
 
 
 def artifact(session: Session, artifact_id: str, tenant: str) -> Artifact:
-    """
-    Return a tenant's artifact.
+    """Return a tenant's artifact.
 
     Raises `NotFound`.
     """

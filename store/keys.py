@@ -43,8 +43,7 @@ def find(session: Session, secret: str) -> tuple[Key | None, float]:
 
 
 def revoke(session: Session, key_id: str, tenant: str) -> None:
-    """
-    Make a key useless.
+    """Make a key useless.
 
     Raises `NotFound`.
     """

@@ -33,8 +33,7 @@ def add(
 
 
 def get(session: Session, table: type[Row], row_id: str, tenant: str) -> Row:
-    """
-    Return a tenant's model or dataset.
+    """Return a tenant's model or dataset.
 
     Raises `NotFound`, the same for another tenant's.
     """
@@ -45,8 +44,7 @@ def get(session: Session, table: type[Row], row_id: str, tenant: str) -> Row:
 
 
 def ready(session: Session, table: type[Row], row_id: str, tenant: str) -> Row:
-    """
-    Return a model or dataset that a job can use.
+    """Return a model or dataset that a job can use.
 
     Raises `NotFound`, `NotReady`.
     """
@@ -100,8 +98,7 @@ def abandoned(session: Session, table: type[Row], *, reading_seconds: float) -> 
 
 
 def delete(session: Session, table: type[Row], row_id: str, tenant: str) -> None:
-    """
-    Delete a model or dataset; its bytes go when nothing else has the same.
+    """Delete a model or dataset; its bytes go when nothing else has the same.
 
     Raises `NotFound`; `InUse` while a job under way needs it or it is being read.
     """
@@ -119,8 +116,7 @@ def delete(session: Session, table: type[Row], row_id: str, tenant: str) -> None
 def page(
     session: Session, table: Any, tenant: str, *, limit: int, after: str | None, where: Sequence[Any] = (), newest_first: bool = True
 ) -> tuple[list[Any], str | None]:
-    """
-    Return one keyset page of a tenant's rows and the cursor of the next, by (created_at, id).
+    """Return one keyset page of a tenant's rows and the cursor of the next, by (created_at, id).
 
     Raises `NotFound` when the cursor's row is gone or not the tenant's.
     """

@@ -42,8 +42,7 @@ class Objects:
         return folder
 
     def adopt(self, path: Path, sha256: str) -> None:
-        """
-        Store the file at `path` under its digest and remove it; nobody ever sees half of it.
+        """Store the file at `path` under its digest and remove it; nobody ever sees half of it.
 
         Raises `StoreFull`, `StoreUnavailable`.
         """
@@ -62,8 +61,7 @@ class Objects:
             raise StoreUnavailable(f"the object store does not answer: {error}") from error
 
     def put(self, path: Path, scratch: Path) -> tuple[str, int]:
-        """
-        Store a copy of a file; return its SHA-256 and size. The file may be replaced meanwhile, not rewritten.
+        """Store a copy of a file; return its SHA-256 and size. The file may be replaced meanwhile, not rewritten.
 
         Raises `StoreFull`, `StoreUnavailable`.
         """
@@ -85,8 +83,7 @@ class Objects:
         return digest.hexdigest(), size
 
     def fetch(self, sha256: str, path: Path) -> None:
-        """
-        Write an object to `path` and verify it.
+        """Write an object to `path` and verify it.
 
         Raises `NotFound`, `StoreUnavailable`; also when the bytes do not have the digest.
         """
@@ -106,8 +103,7 @@ class Objects:
             raise StoreUnavailable(f"object {sha256} is damaged in the store")
 
     async def stream(self, sha256: str, start: int, end: int) -> AsyncIterator[bytes]:
-        """
-        Yield the bytes [start, end) of an object.
+        """Yield the bytes [start, end) of an object.
 
         Raises `NotFound`, `StoreUnavailable`.
         """

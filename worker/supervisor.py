@@ -181,8 +181,7 @@ class _Attempt:
     # -- while it runs --------------------------------------------------------------------------------------------
 
     def _follow(self) -> int:
-        """
-        Handle the engine's events until it ends; return its exit code.
+        """Handle the engine's events until it ends; return its exit code.
 
         Raises `Stopped`, `LostLease`.
         """
@@ -203,8 +202,7 @@ class _Attempt:
         return self._child.wait()
 
     def _keep_alive(self) -> None:
-        """
-        Renew the lease, and stop for a cancel, a deadline or a shutdown.
+        """Renew the lease, and stop for a cancel, a deadline or a shutdown.
 
         A database that is away for a while is waited for: whoever took the job meanwhile shows in the fence.
         """
@@ -393,8 +391,7 @@ class _Attempt:
 
 
 def sweep(settings: Settings, database: Database, objects: Objects, announce: Callable[[str], bool]) -> None:
-    """
-    Take back the jobs of dead workers, ring again for what waits, remove what nothing needs.
+    """Take back the jobs of dead workers, ring again for what waits, remove what nothing needs.
 
     Raises `StoreError` when a floor does not answer; the next sweep tries again.
     """
@@ -414,8 +411,7 @@ def sweep(settings: Settings, database: Database, objects: Objects, announce: Ca
 
 
 def tidy(database: Database, objects: Objects) -> None:
-    """
-    Remove objects that no row has needed for an hour, and old answers.
+    """Remove objects that no row has needed for an hour, and old answers.
 
     Raises `StoreError`.
     """

@@ -7,8 +7,7 @@ from torch import nn
 
 
 class Network(nn.Module):
-    """
-    A classifier f = head ∘ features whose parts can be reached.
+    """A classifier f = head ∘ features whose parts can be reached.
 
     `head` is the last linear layer. Inputs are normalised images (N, C, H, W).
     """

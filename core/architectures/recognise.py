@@ -23,8 +23,7 @@ IGNORED = re.compile(r"(^|\.)(total_ops|total_params|n_averaged)$")
 
 @dataclass(frozen=True)
 class Architecture:
-    """
-    One architecture that fits a checkpoint.
+    """One architecture that fits a checkpoint.
 
     Attributes:
         family: the file of this folder that builds it.
@@ -60,8 +59,7 @@ class Architecture:
 
 
 def recognise(shapes: Shapes) -> list[Architecture]:
-    """
-    Return the architectures with these tensor names and shapes, likeliest first.
+    """Return the architectures with these tensor names and shapes, likeliest first.
 
     Several come back only when parameters cannot tell them apart (a max-pool, say); a forward pass must decide.
 

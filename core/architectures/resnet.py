@@ -1,5 +1,4 @@
-"""
-ResNet-18/34/50 (He et al., CVPR 2016) in torchvision's form and with the two CIFAR stems.
+"""ResNet-18/34/50 (He et al., CVPR 2016) in torchvision's form and with the two CIFAR stems.
 
 Checkpoints name the same layers in two ways: `downsample`/`fc` (torchvision and its CIFAR forks) and
 `shortcut`/`linear` (the kuangliu lineage); the layers are built once, the names are translated.

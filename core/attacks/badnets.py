@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from core.catalog import Params, attack
 from core.errors import BadDataset
@@ -24,34 +24,27 @@ class BadNets(Params):
 
     method: Literal["badnets"]
     target: int = Field(ge=0, le=100_000, title="Target class", description="The class that patched images are sent to.")
-    pattern: Literal["grid", "white", "checker", "custom"] = Field(
-        default="grid", title="Patch", description="`grid` is the 3x3 patch of NAD, ABL and MCLDef; `custom` takes `cells`."
+    pattern: Literal["grid", "white", "checker"] = Field(default="grid", title="Patch", description="`grid` is the 3x3 patch of NAD, ABL and MCLDef.")
+    cells: Annotated[list[Annotated[list[Level], Field(min_length=1, max_length=512)]], Field(min_length=1, max_length=512)] | None = Field(
+        default=None, title="Own patch", description="Grey levels 0..255 by row, top row first, instead of a named patch."
     )
-    cells: list[list[Level]] | None = Field(default=None, title="Custom patch", description="Grey levels 0..255 by row, for `pattern: custom`.", max_length=512)
     bottom: int = Field(default=0, ge=0, le=4096, title="Rows below", description="Distance of the patch from the bottom edge, pixels.")
     right: int = Field(default=0, ge=0, le=4096, title="Columns right", description="Distance of the patch from the right edge, pixels.")
-
-    @model_validator(mode="after")
-    def _cells_when_custom(self) -> BadNets:
-        if (self.pattern == "custom") != (self.cells is not None):
-            raise ValueError("cells go with pattern 'custom', and only with it")
-        if self.cells is not None and (not self.cells or not self.cells[0] or len({len(row) for row in self.cells}) != 1):
-            raise ValueError("cells must be rows of equal length, at least one by one")
-        return self
 
 
 @attack(title="BadNets", paper="Gu et al., BadNets, IEEE Access 2019")
 def stamp(images: torch.Tensor, params: BadNets) -> torch.Tensor:
-    """
-    Replace the patch's pixels, counted from the bottom right corner.
+    """Replace the patch's pixels, counted from the bottom right corner.
 
     Args:
         images: (N, C, H, W) uint8; not changed.
 
     Raises:
-        BadDataset: when the patch does not lie inside the images.
+        BadDataset: when the patch's rows differ in length or it does not lie inside the images.
     """
     cells = params.cells if params.cells is not None else PATTERNS[params.pattern]
+    if len({len(row) for row in cells}) != 1:
+        raise BadDataset("the rows of the patch's cells differ in length", "Give rows of equal length.")
     patch = torch.tensor(cells, dtype=torch.uint8, device=images.device)
     height, width = patch.shape
     bottom, right = images.shape[2] - params.bottom, images.shape[3] - params.right

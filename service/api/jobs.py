@@ -267,7 +267,13 @@ def artifact(artifact_id: str, response: Response, opened: Opened, caller: Readi
     return schemas.Artifact.of(row)
 
 
-@router.head("/v1/artifacts/{artifact_id}/content", include_in_schema=False, operation_id="head_artifact")
+@router.head(
+    "/v1/artifacts/{artifact_id}/content",
+    operation_id="head_artifact",
+    summary="Ask about an artifact's file",
+    tags=["artifacts"],
+    responses=documented("not_found", "range_not_satisfiable"),
+)
 @router.get(
     "/v1/artifacts/{artifact_id}/content", response_class=Response, operation_id="download_artifact", summary="Download an artifact", tags=["artifacts"],
     responses={**documented("not_found", "range_not_satisfiable"), **DOWNLOAD},  # type: ignore[dict-item]
@@ -295,8 +301,7 @@ def _accepted(opened: Context, caller: Caller, route: str, key: str | None, requ
 
 
 def _check(session: Session, caller: Caller, body: schemas.NewJob, method: catalog.Method) -> None:
-    """
-    Refuse a job that cannot succeed before anything is queued.
+    """Refuse a job that cannot succeed before anything is queued.
 
     Raises `Problem`, `NotFound`, `NotReady`.
     """

@@ -27,7 +27,7 @@ def create(body: schemas.NewKey, response: Response, opened: Opened, caller: Adm
         expires = session.scalar(sa.select(now() + body.expires_in_seconds)) if body.expires_in_seconds is not None else None
         row, secret = keys.create(session, tenant=caller.tenant, name=body.name, scopes=list(dict.fromkeys(body.scopes)), expires_at=expires)
     response.headers["Cache-Control"] = "no-store"
-    return schemas.MadeKey(**schemas.Key.of(row).model_dump(mode="python"), secret=secret)
+    return schemas.MadeKey(**vars(schemas.Key.of(row)), secret=secret)
 
 
 @router.get("/v1/keys", response_model=schemas.Page[schemas.Key], operation_id="list_keys", summary="List keys", responses=documented("not_found"))

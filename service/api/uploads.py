@@ -16,7 +16,7 @@ from service.receiving import Received, receive
 from store import library
 from store.tables import Dataset, Model
 
-FILE = {"type": "string", "format": "binary"}
+FILE = {"type": "string", "format": "binary", "minLength": 1}
 BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -84,7 +84,10 @@ def routes(table: type[Model] | type[Dataset], shape: Any) -> APIRouter:
         with opened.database.write() as session:
             library.delete(session, table, upload_id, caller.tenant)
 
-    @router.head("/{upload_id}/content", responses=documented("not_found", "range_not_satisfiable"), operation_id=f"head_{word}", include_in_schema=False)
+    @router.head(
+        "/{upload_id}/content", response_class=Response, responses={**documented("not_found", "range_not_satisfiable"), **DOWNLOAD},  # type: ignore[dict-item]
+        operation_id=f"head_{word}", summary=f"Ask about a {word}'s file",
+    )  # fmt: skip
     @router.get(
         "/{upload_id}/content", response_class=Response, responses={**documented("not_found", "range_not_satisfiable"), **DOWNLOAD},  # type: ignore[dict-item]
         operation_id=f"download_{word}", summary=f"Download a {word} as it was uploaded",

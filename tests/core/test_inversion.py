@@ -97,7 +97,9 @@ def test_dynamic_cost_stops_when_the_mask_no_longer_shrinks() -> None:
     assert finished[-1] and not finished[2]
 
 
-def sequential(model: Classifier, data: ImageSet, label: int, mask: torch.Tensor, pattern: torch.Tensor, passes: int, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+def sequential(
+    model: Classifier, data: ImageSet, label: int, mask: torch.Tensor, pattern: torch.Tensor, passes: int, weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """MCLDef's stage 1 for one label, as plainly as possible."""
     mask, pattern = mask.clone().requires_grad_(), pattern.clone().requires_grad_()
     optimizer = torch.optim.Adam([mask, pattern], lr=0.005)

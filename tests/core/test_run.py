@@ -234,16 +234,27 @@ def test_badnets_grid_on_black() -> None:
 
 def test_badnets_elsewhere_and_own_cells() -> None:
     images = torch.full((2, 1, 6, 6), 9, dtype=torch.uint8)
-    stamped = stamp(images, BadNets(method="badnets", target=0, pattern="custom", cells=[[1, 2]], bottom=1, right=3))
+    stamped = stamp(images, BadNets(method="badnets", target=0, cells=[[1, 2]], bottom=1, right=3))
     assert stamped[0, 0, 4].tolist() == [9, 1, 2, 9, 9, 9]
     assert int((stamped != images).sum()) == 4
     assert images.unique().tolist() == [9]
     with pytest.raises(BadDataset, match="lies outside"):
         stamp(images, BadNets(method="badnets", target=0, bottom=4))
+    with pytest.raises(BadDataset, match="differ in length"):
+        stamp(images, BadNets(method="badnets", target=0, cells=[[1], [1, 2]]))
 
 
 @pytest.mark.parametrize(
-    "bad", [{"target": -1}, {"target": True}, {"target": "1"}, {"target": 0, "pattern": "custom"}, {"target": 0, "cells": [[1]]}, {"target": 0, "size": 3}]
+    "bad",
+    [
+        {"target": -1},
+        {"target": True},
+        {"target": "1"},
+        {"target": 0, "pattern": "stripes"},
+        {"target": 0, "cells": [[256]]},
+        {"target": 0, "cells": [[]]},
+        {"target": 0, "size": 3},
+    ],
 )
 def test_bad_recipes_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError):

@@ -6,6 +6,7 @@ import argparse
 import collections
 import io
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -87,13 +88,13 @@ def test_shared_storages_are_written_apart(tmp_path: Path) -> None:
 
 
 class Evil:
-    """A payload that would only touch a marker file."""
+    """A payload that would only make a marker folder."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
 
     def __reduce__(self) -> Any:
-        return (Path.touch, (self.marker,))
+        return (os.mkdir, (str(self.marker),))
 
 
 def rezip(path: Path, change: Callable[[list[tuple[zipfile.ZipInfo, bytes]]], None], compression: int = zipfile.ZIP_STORED) -> Path:
@@ -128,8 +129,10 @@ def bad_files(tmp_path: Path) -> dict[str, tuple[Path, str, str]]:
     header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
     stored = saved({"a": torch.randn(4, 4)}, tmp_path / "deflated.pt", legacy=False)
     twice = saved({"a": torch.randn(4, 4)}, tmp_path / "twice.pt", legacy=False)
-    script = tmp_path / "script.pt"
-    torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.zeros(1, 1)), script)
+    script = rezip(
+        saved({"a": torch.randn(4, 4)}, tmp_path / "script.pt", legacy=False),
+        lambda entries: entries.append((zipfile.ZipInfo(entries[0][0].filename.split("/")[0] + "/constants.pkl"), b"x")),
+    )
     return {
         "empty": (write("empty", b""), "unsupported_format", "no checkpoint"),
         "text": (write("text", b"hello, I am a model" * 10), "unsupported_format", "no checkpoint"),
@@ -138,9 +141,9 @@ def bad_files(tmp_path: Path) -> dict[str, tuple[Path, str, str]]:
         "truncated zip": (write("cut.pt", whole[: len(whole) // 2]), "damaged_file", "cannot be read"),
         "truncated legacy": (write("cutl.pt", legacy[:-20]), "damaged_file", "cut short"),
         "trailing legacy": (write("trail.pt", legacy + b"x"), "damaged_file", "follow the last storage"),
-        "prefixed zip": (write("prefixed.pt", b"PK\x03\x04" + b"\0" * 60 + whole), "damaged_file", ""),
+        "prefixed zip": (write("prefixed.pt", b"PK\x03\x04" + b"\0" * 60 + whole), "unsafe_file", "precedes"),
         "flipped weight": (write("flipped.pt", bytes(flipped)), "damaged_file", "checksum"),
-        "code in the pickle": (saved({"a": torch.zeros(1), "x": Evil(marker)}, tmp_path / "evil.pt", legacy=False), "unsafe_file", "pathlib.Path.touch"),
+        "code in the pickle": (saved({"a": torch.zeros(1), "x": Evil(marker)}, tmp_path / "evil.pt", legacy=False), "unsafe_file", "posix.mkdir"),
         "code, legacy": (saved({"a": torch.zeros(1), "x": Evil(marker)}, tmp_path / "evill.pt", legacy=True), "unsafe_file", "import"),
         "whole model": (saved(torch.nn.Linear(1, 1), tmp_path / "whole.pt", legacy=False), "unsafe_file", "pickled model object"),
         "whole model, legacy": (saved(torch.nn.Linear(1, 1), tmp_path / "wholel.pt", legacy=True), "unsafe_file", "pickled model object"),

@@ -163,6 +163,8 @@ def test_the_engine_has_no_network(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    program = "import socket; from intake import fence; print(fence.confine_engine(memory=None, file_bytes=1 << 30)); socket.socket(socket.AF_UNIX); socket.socket()"
+    program = (
+        "import socket; from intake import fence; print(fence.confine_engine(memory=None, file_bytes=1 << 30)); socket.socket(socket.AF_UNIX); socket.socket()"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "seccomp" in done.stdout and "PermissionError" in done.stderr

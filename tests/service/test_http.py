@@ -39,7 +39,12 @@ def test_downloads_know_ranges_conditions_and_digests(api: Stack, case: Case) ->
         assert whole.headers["content-disposition"] == "attachment; filename*=UTF-8''suspect.safetensors"
         head = http.head(path)
         assert head.headers["content-length"] == str(len(data)) and head.content == b""
-        for wanted, start, end in (("bytes=0-9", 0, 10), ("bytes=100-", 100, len(data)), ("bytes=-7", len(data) - 7, len(data)), ("bytes=5-99999999", 5, len(data))):
+        for wanted, start, end in (
+            ("bytes=0-9", 0, 10),
+            ("bytes=100-", 100, len(data)),
+            ("bytes=-7", len(data) - 7, len(data)),
+            ("bytes=5-99999999", 5, len(data)),
+        ):
             part = http.get(path, headers={"Range": wanted})
             assert (part.status_code, part.content) == (206, data[start:end])
             assert part.headers["content-range"] == f"bytes {start}-{end - 1}/{len(data)}"
@@ -269,7 +274,9 @@ def test_the_async_client_has_the_same_surface(service: Stack, case: Case, tmp_p
     async def go() -> None:
         async with AsyncClient(service.url, service.make_key()) as client:
             uploaded = [await client.models.upload(case.model), await client.datasets.upload(case.clean)]
-            job = await client.jobs.create(model=uploaded[0], dataset=uploaded[1], defense={"method": "mcldef", "target": 5, "inversion_epochs": 2, "epochs": 2})
+            job = await client.jobs.create(
+                model=uploaded[0], dataset=uploaded[1], defense={"method": "mcldef", "target": 5, "inversion_epochs": 2, "epochs": 2}
+            )
             seen = [event["seq"] async for event in client.jobs.stream(job["id"])]
             job = await client.jobs.wait(job["id"], timeout=60)
             assert job["status"] == "succeeded" and seen == list(range(1, job["version"] + 1))

@@ -12,15 +12,20 @@ import pytest
 from tests.stack import ROOT, Stack
 
 
-@pytest.mark.timeout(600)
-def test_schemathesis_finds_nothing(api: Stack, tmp_path: Path) -> None:
+def schemathesis(stack: Stack, folder: Path, *more: str) -> None:
     command = [
-        str(Path(sys.executable).parent / "schemathesis"), "run", f"{api.url}/openapi.json", "--header", f"Authorization: Bearer {api.make_key()}",
-        "--max-examples", os.environ.get("UNPOISON_EXAMPLES", "15"), "--seed", "7", "--exclude-checks", "positive_data_acceptance",
-        "--exclude-path-regex", "(stream|readyz)$", "--no-color", "--request-timeout", "30",
+        str(Path(sys.executable).parent / "schemathesis"), "run", f"{stack.url}/openapi.json", "--header", f"Authorization: Bearer {stack.make_key()}",
+        "--max-examples", os.environ.get("UNPOISON_EXAMPLES", "15"), "--seed", "7", "--no-color", "--request-timeout", "30", *more,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.timeout(600)
+def test_schemathesis_finds_nothing(service: Stack, tmp_path: Path) -> None:
+    # Revoking keys comes apart: schemathesis revokes the key it works with, and is a stranger from then on.
+    schemathesis(service, tmp_path, "--exclude-operation-id", "revoke_key")
+    schemathesis(service, tmp_path, "--include-path-regex", "keys")
 
 
 def test_the_committed_document_is_current(api: Stack) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from store import ids, idempotency, jobs, keys, library, states
+from store import idempotency, ids, jobs, keys, library, states
 from store.database import Database, now
 from store.errors import InUse, KeyReused, LostLease, NotFound, NotTerminal
 from store.tables import Checkpoint, Dataset, Event, Job, Model, Object, Table
@@ -55,7 +55,7 @@ def test_each_job_is_claimed_once_whoever_asks(database: Database) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert taken == Counter({job_id: 1 for job_id in made_ids})
+    assert taken == Counter(dict.fromkeys(made_ids, 1))
 
 
 def test_events_count_without_holes_whoever_writes(database: Database) -> None:

@@ -15,7 +15,7 @@ import redis
 
 from client.flows import TERMINAL
 from store import jobs
-from tests.conftest import Case, StackMaker, Uploaded, upload
+from tests.conftest import Case, StackMaker, upload
 from tests.stack import Stack, kill
 
 KILLS = int(os.environ.get("UNPOISON_KILLS", "20"))
@@ -36,7 +36,7 @@ def ends(client: Any, job: dict[str, Any], stack: Stack, seconds: float = 120) -
             found: dict[str, Any] = client.jobs.get(job["id"])
             if found["status"] in TERMINAL:
                 return found
-        except Exception:  # noqa: BLE001 - the API is being killed
+        except Exception:
             pass
         assert time.monotonic() < until, stack.logs()
         time.sleep(0.1)

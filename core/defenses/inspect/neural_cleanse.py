@@ -84,8 +84,7 @@ def run(run: Run, inputs: Inputs, params: NeuralCleanse) -> Outcome:
 
 
 def judge(norms: list[float], suspects: list[int], failed: list[int], classes: int, threshold: float) -> tuple[str, str]:
-    """
-    Return the verdict and the sentence that explains it.
+    """Return the verdict and the sentence that explains it.
 
     Args:
         suspects: flagged labels, smallest mask first.

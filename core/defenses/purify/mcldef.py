@@ -39,7 +39,7 @@ class MCLDef(Params):
         gt=0,
         le=10,
         title="Learning rate",
-        description="Of the first epoch; a tenth until half of the epochs, then a hundredth. As published: 0.1."
+        description="Of the first epoch; a tenth until half of the epochs, then a hundredth. As published: 0.1.",
     )
     temperature: float = Field(default=0.5, gt=0, le=10, title="Temperature", description="tau of Eqs. 3 and 4.")
     anchor: float = Field(
@@ -86,8 +86,7 @@ def run(run: Run, inputs: Inputs, params: MCLDef) -> Outcome:
 
 
 def eliminate(run: Run, inputs: Inputs, teacher: Classifier, mask: torch.Tensor, pattern: torch.Tensor, params: MCLDef) -> tuple[Classifier, list[float]]:
-    """
-    Train the student of stage 2 (Eqs. 3 and 4); return it with each epoch's loss.
+    """Train the student of stage 2 (Eqs. 3 and 4); return it with each epoch's loss.
 
     Args:
         mask, pattern: (H, W) and (C, H, W), pixel space.
@@ -169,8 +168,7 @@ def _invert(run: Run, name: str, teacher: Classifier, clean: ImageSet, labels: A
 
 
 def pattern_space(classifier: Classifier, space: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Return (scale, offset), each (C,), that map a pattern in [0, 1] to pixel space.
+    """Return (scale, offset), each (C,), that map a pattern in [0, 1] to pixel space.
 
     Blending commutes with the affine normalisation, so patterns clipped to [0, 1] after normalisation are the pixel
     patterns `mean + std * p`.
