@@ -74,7 +74,7 @@ class ImageSet:
                 images = file.get_tensor("images")
                 labels = file.get_tensor("labels") if "labels" in file.keys() else None
         except (OSError, ValueError) as error:
-            raise BadDataset(f"{folder} holds no readable data set: {error}") from error
+            raise BadDataset(f"{folder} holds no readable data set: {error}", "Take the folder that `python -m intake dataset` wrote.") from error
         return cls(
             images=images.permute(0, 3, 1, 2),
             labels=labels,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,9 +228,11 @@ def batchnorm_consistency(classifier: Classifier, images: torch.Tensor) -> float
 def save(classifier: Classifier, path: Path) -> None:
     """Write the network under the names its checkpoint used, as contiguous safetensors with what is needed to use it."""
     state = {classifier.architecture.theirs(name): value.detach().cpu().contiguous() for name, value in classifier.network.state_dict().items()}
-    metadata = {
+    used = {
         "architecture": classifier.architecture.name,
-        "mean": " ".join(map(str, classifier.preprocessing.mean)),
-        "std": " ".join(map(str, classifier.preprocessing.std)),
+        "mean": classifier.preprocessing.mean,
+        "std": classifier.preprocessing.std,
     }
+    # One entry only: safetensors writes several in random order, and equal weights must be equal files.
+    metadata = {"unpoison": json.dumps(used)}
     save_file(state, path, metadata=metadata)

@@ -35,6 +35,7 @@ def work(run: Run, stop_at: int | None = None) -> torch.Tensor:
         if step == stop_at:
             raise Interrupted
         noise = torch.randn(3, 4, generator=generator) + torch.rand(3, 4)
+        optimizer.zero_grad()
         network(noise).square().sum().backward()
         optimizer.step()
         counts["steps"] += 1
