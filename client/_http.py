@@ -23,7 +23,7 @@ TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 
 def pause_before_retry(attempt: int, headers: httpx.Headers | None) -> float:
     """Return how long to wait: what the server says (up to two minutes), else 0.5 s doubling to 8 s, with jitter."""
-    said = (headers or {}).get("retry-after", "")
+    said = headers.get("retry-after", "") if headers is not None else ""
     if said.isdigit():
         return float(min(int(said), 120))
     return float(min(0.5 * 2**attempt, 8.0) * (0.75 + random.random() / 2))

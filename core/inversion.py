@@ -310,7 +310,7 @@ def invert(
     return Triggers(tuple(int(label) for label in labels), masks, patterns, tuple(float(rate) for rate in success))
 
 
-def anomaly_index(norms: Sequence[float]) -> np.ndarray:
+def anomaly_index(norms: Sequence[float] | np.ndarray) -> np.ndarray:
     """Return `|n - median| / (1.4826 * MAD)` of each mask norm (Neural Cleanse), (L,) float64.
 
     NumPy's median averages the middle two of an even count, as the original does; zero MAD gives zeros.

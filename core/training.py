@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -97,9 +98,9 @@ def fit(
         for index, chosen in enumerate(batches(len(data), batch_size, generator, drop_last=True)):
             for group in optimizer.param_groups:
                 group["lr"] = schedule(epoch + index / per_epoch)
-            chosen = chosen.to(run.device)
-            images = as_floats(augment(data.images[chosen], generator))
-            labels = None if data.labels is None else data.labels[chosen]
+            here = chosen.to(run.device)
+            images = as_floats(augment(data.images[here], generator))
+            labels = None if data.labels is None else data.labels[here]
             with mixed_precision(run.device, enabled=mixed):
                 value = loss(images, labels)
             optimizer.zero_grad(set_to_none=True)
@@ -108,7 +109,7 @@ def fit(
             total += value.detach() * len(chosen)
             seen += len(chosen)
         mean = float(total) / seen
-        if not mean == mean or mean in (float("inf"), float("-inf")) or not finite(network):
+        if not (math.isfinite(mean) and finite(network)):
             raise Diverged(
                 f"{name}: the loss or a weight became NaN or infinite in epoch {epoch + 1}",
                 "Use a lower learning rate, or check that the images are what the model was trained on.",

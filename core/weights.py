@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,7 @@ def batchnorm_consistency(classifier: Classifier, images: torch.Tensor) -> float
         for hook in hooks:
             hook.remove()
     score = float(torch.stack(terms).mean()) if terms else None
-    return None if score is None else score if score == score else float("inf")
+    return float("inf") if score is not None and math.isnan(score) else score
 
 
 def save(classifier: Classifier, path: Path) -> None:

@@ -55,7 +55,7 @@ def take_in(path: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def _open(file: BinaryIO, size: int) -> tuple[str, Any, dict[str, tuple[int, Storage | int]]]:
+def _open(file: BinaryIO, size: int) -> tuple[str, Any, dict[str, tuple[int, int]]]:
     head = file.read(16)
     file.seek(0)
     if head[:4] == b"PK\x03\x04":

@@ -97,7 +97,7 @@ class Interpreter:
                     if len(self._stack) != 1:
                         raise damaged("the pickle ends with a stack of several values")
                     return self._stack.pop()
-                self._step(opcode.name, argument, position)
+                self._step(opcode.name, argument, position or 0)
         except (ValueError, IndexError, KeyError, TypeError, UnicodeDecodeError, OverflowError, AttributeError) as error:
             raise damaged(f"the pickle cannot be read: {type(error).__name__}: {error}") from error
         raise damaged("the pickle has no end")
@@ -113,10 +113,10 @@ class Interpreter:
         elif name == "MARK":
             self._marks.append(len(stack))
         elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET", "EMPTY_TUPLE"):
-            stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list, "EMPTY_TUPLE": tuple}[name]())
+            stack.append({} if name == "EMPTY_DICT" else () if name == "EMPTY_TUPLE" else [])
         elif name in ("TUPLE", "LIST", "DICT", "FROZENSET"):
             items = self._to_mark()
-            stack.append({"TUPLE": tuple, "LIST": list, "FROZENSET": list, "DICT": _pairs}[name](items))
+            stack.append(tuple(items) if name == "TUPLE" else _pairs(items) if name == "DICT" else items)
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             count = int(name[-1])
             items = [stack.pop() for _ in range(count)]
@@ -177,7 +177,7 @@ class Interpreter:
     def _global(self, name: str, position: int) -> Global:
         if name in STORAGES or name in MAPPINGS or name in TENSORS or name in PARAMETERS or name in INERT or name.startswith("numpy.dtypes."):
             return Global(name)
-        if name.startswith("torch.nn.") or name.startswith("torchvision.") or name.startswith("__main__."):
+        if name.startswith(("torch.nn.", "torchvision.", "timm.", "__main__.")):
             raise Refusal(
                 "unsafe_file",
                 f"the file is a pickled model object: it wants to import {name} (byte {position})",

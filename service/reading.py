@@ -96,7 +96,7 @@ class Reader:
 
     def _settle(self, table: type[Model] | type[Dataset], row_id: str, **outcome: Any) -> None:
         with self._database.write() as session:
-            library.settle(session, table, row_id, **outcome)
+            library.settle(session, table, row_id, **outcome)  # type: ignore[type-var]
 
 
 def recognised(description: dict[str, Any]) -> dict[str, Any]:

@@ -212,10 +212,10 @@ class Job(BaseModel):
         """Return the JSON form of a row."""
         base = f"/v1/jobs/{row.id}"
         return cls(
-            id=row.id, status=row.status, kind=row.kind, method=row.method, phase=row.phase, progress=row.progress,  # type: ignore[arg-type]
+            id=row.id, status=row.status, kind=row.kind, method=row.method, phase=row.phase, progress=row.progress,
             model_id=row.model_id, dataset_id=row.dataset_id, defense=row.request["defense"], evaluation=row.request["evaluation"],
             seed=row.seed, max_seconds=row.max_seconds, attempt=row.attempt, version=row.last_seq, results=row.results,
-            error=row.error, cleaned_model_id=row.cleaned_model_id, retry_of=row.retry_of, metadata=row.labels,  # type: ignore[arg-type]
+            error=row.error, cleaned_model_id=row.cleaned_model_id, retry_of=row.retry_of, metadata=row.labels,
             created_at=row.created_at, queued_at=row.queued_at, started_at=row.started_at, finished_at=row.finished_at,
             cancel_requested_at=row.cancel_requested_at,
             urls=Urls(

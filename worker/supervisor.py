@@ -96,15 +96,17 @@ class _Attempt:
         except Stopped as stop:
             self._kill()
             return self._stopped(stop.reason)
-        except (NotFound, StoreUnavailable):
+        except (NotFound, StoreUnavailable) as error:
             self._kill()
-            return self._insist(lambda: self._crashed(error.detail))
-        except OSError:
+            reason = error.detail
+            return self._insist(lambda: self._crashed(reason))
+        except OSError as error:
             self._kill()
-            return self._insist(lambda: self._crashed(f"the worker's disk or processes failed: {error}"))
+            reason = f"the worker's disk or processes failed: {error}"
+            return self._insist(lambda: self._crashed(reason))
         if self._error is not None and code == EXIT_FAILED:
-            error = {"code": self._error["code"], "detail": self._error["message"], "advice": self._error["advice"], "phase": self._phase, "retryable": False}
-            return self._insist(lambda: self._fail(error))
+            why = {"code": self._error["code"], "detail": self._error["message"], "advice": self._error["advice"], "phase": self._phase, "retryable": False}
+            return self._insist(lambda: self._fail(why))
         if code == 0 and self._results is not None:
             return self._insist(self._succeed)
         tail = b"".join(self._errors[-20:]).decode(errors="replace").strip().rsplit("\n", 1)[-1][:300]
@@ -296,7 +298,7 @@ class _Attempt:
                     bytes=size,
                     sha256=sha256,
                     created_at=moment,
-                )  # fmt: skip
+                )
             )
             self._keep_alive_quietly()
         cleaned = next((row for row in rows if row.kind == "cleaned_model"), None)

@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 from billiard import get_context
-from billiard.context import BaseContext  # type: ignore[import-untyped]
+from billiard.context import BaseContext
 from celery.signals import worker_process_init, worker_ready, worker_shutting_down
 
 from store import queue
@@ -42,7 +42,7 @@ def floors() -> tuple[Database, Objects]:
     return _floors[os.getpid()]
 
 
-@app.task(name=queue.RUN_JOB, ignore_result=True)  # type: ignore[untyped-decorator]
+@app.task(name=queue.RUN_JOB, ignore_result=True)
 def run_job(job_id: str) -> None:
     """Run a job, if it is still there to be run; safe to call twice, late, or never."""
     if _leaving.is_set():

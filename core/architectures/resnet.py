@@ -15,7 +15,7 @@ from core.architectures.network import Network
 from core.architectures.recognise import Architecture, Shapes, count_blocks
 
 FAMILY = "resnet"
-DEPTHS = {((2, 2, 2, 2), False): 18, ((3, 4, 6, 3), False): 34, ((3, 4, 6, 3), True): 50}
+DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {((2, 2, 2, 2), False): 18, ((3, 4, 6, 3), False): 34, ((3, 4, 6, 3), True): 50}
 
 
 class ResNet(Network):
@@ -41,10 +41,12 @@ class ResNet(Network):
 
     def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Return the four layers' outputs."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = images
         maps = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
+        for name in ("conv1", "bn1", "relu", "maxpool"):
+            x = self.get_submodule(name)(x)
+        for layer in (1, 2, 3, 4):
+            x = self.get_submodule(f"layer{layer}")(x)
             maps.append(x)
         return maps
 

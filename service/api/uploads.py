@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Annotated, Any
 from urllib.parse import unquote
 
@@ -55,15 +56,19 @@ def routes(table: type[Model] | type[Dataset], shape: Any) -> APIRouter:
         filename: Annotated[schemas.NoNul, Query(description="The file's name, for giving it back.")] = "",
     ) -> Any:
         folder = opened.objects.incoming(opened.settings.scratch)
+        started = time.perf_counter()
         received = await receive(request, folder, limit=opened.settings.max_upload_bytes)
         received.filename = _basename(filename or received.filename) or word
         row = await asyncio.to_thread(_keep, opened, caller, table, received, (name or received.fields.get("name", "")) or received.filename)
+        stored = time.perf_counter()
         await opened.reader.read(table, row.id, row.sha256)
         row = await asyncio.to_thread(_get, opened, caller, table, row.id)
         if row.status == library.REJECTED:
             refusal = row.refusal or {}
             code = refusal["code"] if refusal["code"] in problems.CATALOGUE else "unsafe_file"
             raise Problem(code, f"{refusal['message']}. {refusal['advice']}", headers={"Location": f"/v1/{word}s/{row.id}"})
+        timing = f"receive;dur={1000 * (stored - started):.1f}, read;dur={1000 * (time.perf_counter() - stored):.1f}"
+        response.headers["Server-Timing"] = timing
         response.headers["Location"] = f"/v1/{word}s/{row.id}"
         response.headers["Cache-Control"] = "no-store"
         return shape.of(row)
@@ -82,7 +87,7 @@ def routes(table: type[Model] | type[Dataset], shape: Any) -> APIRouter:
     @router.delete("/{upload_id}", status_code=204, responses=documented("not_found", "in_use"), operation_id=f"delete_{word}", summary=f"Delete a {word}")
     def delete(upload_id: str, opened: Opened, caller: Writing) -> None:
         with opened.database.write() as session:
-            library.delete(session, table, upload_id, caller.tenant)
+            library.delete(session, table, upload_id, caller.tenant)  # type: ignore[type-var]
 
     @router.head(
         "/{upload_id}/content", response_class=Response, responses={**documented("not_found", "range_not_satisfiable"), **DOWNLOAD},  # type: ignore[dict-item]

@@ -6,9 +6,12 @@ import hashlib
 import time
 from pathlib import Path
 
+import pytest
 from safetensors import safe_open
 
+from client import JobFailed
 from client.flows import TERMINAL
+from client.resources import succeeded
 from tests.conftest import TARGET, Case, upload
 from tests.stack import Stack
 
@@ -81,10 +84,14 @@ def test_cancel_ends_a_running_job_within_five_seconds(service: Stack, case: Cas
 def test_engine_says_why_it_cannot(service: Stack, case: Case) -> None:
     with service.client() as client:
         uploaded = upload(client, case)
-        job = client.jobs.wait(uploaded.job(client, learning_rate=10.0, temperature=0.001)["id"], timeout=120)
+        outside = {"dataset_id": uploaded.test["id"], "attack": {"method": "badnets", "target": TARGET, "right": 14}}
+        job = client.jobs.create(model=uploaded.model, dataset=uploaded.clean, defense={"method": "mcldef", "target": TARGET}, evaluation=outside)
+        job = client.jobs.wait(job["id"], timeout=120)
         assert job["status"] == "failed"
-        assert job["error"]["code"] == "diverged"
-        assert "learning rate" in job["error"]["advice"]
+        assert job["error"]["code"] == "dataset_invalid"
+        assert "lies outside" in job["error"]["detail"] and "smaller patch" in job["error"]["advice"]
+        with pytest.raises(JobFailed, match="lies outside"):
+            succeeded(job)
 
 
 def test_a_job_that_takes_too_long_fails_with_timeout(service: Stack, case: Case) -> None:

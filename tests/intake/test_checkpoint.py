@@ -69,7 +69,7 @@ def test_accepted_checkpoints_are_bit_equal_to_torch(tmp_path: Path, legacy: boo
 def test_plain_checkpoints_equal_the_oracle(tmp_path: Path) -> None:
     network = WideResNet(depth=10, width=1, classes=10)
     path = saved({"state_dict": torch.nn.DataParallel(network).state_dict()}, tmp_path / "x.pt", legacy=False)
-    oracle = torch.load(path, weights_only=True)["state_dict"]  # noqa: TID251 - the oracle of this test, on our own file
+    oracle = torch.load(path, weights_only=True)["state_dict"]
     _, found = take(path, tmp_path)
     assert set(found) == set(oracle) and all(torch.equal(found[name], oracle[name]) for name in oracle)
 
