@@ -90,6 +90,7 @@ def transfer(client: Client, folder: Path, size: int) -> dict[str, Any]:
     while found["status"] == "received":
         time.sleep(0.5)
         found = client.datasets.get(found["id"])
+    connection.close()
     started = time.perf_counter()
     connection.request("GET", f"/v1/datasets/{found['id']}/content", headers=key)
     answer = connection.getresponse()

@@ -65,12 +65,15 @@ class Reader:
             await asyncio.to_thread(self._examine, table, row_id, sha256)
 
     def _examine(self, table: type[Model] | type[Dataset], row_id: str, sha256: str) -> None:
-        folder = self._settings.scratch / "intake" / uuid.uuid4().hex
+        folder = self._objects.incoming(self._settings.scratch) / uuid.uuid4().hex
         out = folder / "out"
         out.mkdir(parents=True)
         try:
-            self._objects.fetch(sha256, folder / "file")
-            verdict = door.examine(table.__tablename__, folder / "file", out, timeout_seconds=self._settings.intake_seconds)
+            file = self._objects.local(sha256)
+            if file is None:
+                file = folder / "file"
+                self._objects.fetch(sha256, file)
+            verdict = door.examine(table.__tablename__, file, out, timeout_seconds=self._settings.intake_seconds)
             if not verdict.ready:
                 refusal = {"code": verdict.code, "message": verdict.message, "advice": verdict.advice}
                 self._settle(table, row_id, refusal=refusal)
@@ -89,7 +92,7 @@ class Reader:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _keep(self, path: Path) -> str:
-        sha256, size = self._objects.put(path, self._settings.scratch)
+        sha256, size = self._objects.take(path, self._settings.scratch)
         with self._database.write() as session:
             library.touch(session, sha256, size)
         return sha256

@@ -136,8 +136,8 @@ def trained_on(preprocessing: Preprocessing, stem: str) -> dict[str, torch.Tenso
 
 def pictures() -> ImageSet:
     """Smooth colour images, like photographs in their statistics."""
-    noise = torch.rand(64, 3, 5, 5, generator=torch.Generator().manual_seed(2))
-    smooth = torch.nn.functional.interpolate(noise, size=(32, 32), mode="bilinear")
+    noise = torch.rand(48, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    smooth = torch.nn.functional.interpolate(noise, size=(16, 16), mode="bilinear")
     return ImageSet((smooth * 255).to(torch.uint8))
 
 
