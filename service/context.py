@@ -51,8 +51,8 @@ class Caller:
     scopes: tuple[str, ...]
 
 
-def context(request: Request) -> Context:
-    """Return the process's context."""
+async def context(request: Request) -> Context:
+    """Return the process's context; a coroutine, so that FastAPI needs no thread for it."""
     found: Context = request.app.state.context
     return found
 
@@ -66,7 +66,7 @@ def _authenticate(opened: Context, credentials: HTTPAuthorizationCredentials | N
         raise Problem("unauthenticated", "Send `Authorization: Bearer upk_…`.")
     with opened.database.read() as session:
         # The digest of a 256-bit secret is looked up, never compared byte by byte with a stored secret.
-        row = session.execute(_KEY, {"digest": digest(credentials.credentials)}).first()
+        row = session.connection().execute(_KEY, {"digest": digest(credentials.credentials)}).first()
     if row is None or row.revoked_at is not None:
         raise Problem("unauthenticated", "This API key is not known, or was revoked.")
     if row.expires_at is not None and row.expires_at <= row[6]:
@@ -76,19 +76,19 @@ def _authenticate(opened: Context, credentials: HTTPAuthorizationCredentials | N
     return Caller(row.id, row.tenant, row.name, tuple(row.scopes))
 
 
-def reads(opened: Annotated[Context, Depends(context)], credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> Caller:
+async def reads(opened: Annotated[Context, Depends(context)], credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> Caller:
     """Demand a key that may read."""
-    return _authenticate(opened, credentials, "read")
+    return await opened.database.ask(lambda: _authenticate(opened, credentials, "read"))
 
 
-def writes(opened: Annotated[Context, Depends(context)], credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> Caller:
+async def writes(opened: Annotated[Context, Depends(context)], credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> Caller:
     """Demand a key that may write."""
-    return _authenticate(opened, credentials, "write")
+    return await opened.database.ask(lambda: _authenticate(opened, credentials, "write"))
 
 
-def administers(opened: Annotated[Context, Depends(context)], credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> Caller:
+async def administers(opened: Annotated[Context, Depends(context)], credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> Caller:
     """Demand a key that may manage keys."""
-    return _authenticate(opened, credentials, "admin")
+    return await opened.database.ask(lambda: _authenticate(opened, credentials, "admin"))
 
 
 Opened = Annotated[Context, Depends(context)]

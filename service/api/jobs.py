@@ -98,7 +98,7 @@ async def get(
     known = request.headers.get("if-none-match", "").strip().removeprefix("W/")
     until = time.monotonic() + wait
     while True:
-        row = await asyncio.to_thread(_get, opened, caller, job_id)
+        row = await opened.database.ask(lambda: _get(opened, caller, job_id))
         etag = f'"{row.last_seq}"'
         headers = {"ETag": etag, "Cache-Control": "no-store"}
         if etag != known and (known or not wait or row.status in states.TERMINAL):
