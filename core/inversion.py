@@ -28,7 +28,7 @@ class Triggers:
     Attributes:
         labels: the class each one leads to.
         masks: (L, H, W) in [0, 1]. patterns: (L, C, H, W), pixel space.
-        success: share of clean images each one sends to its label in the last pass.
+        success: share of clean images each one sent to its label in the pass it is from.
     """
 
     labels: tuple[int, ...]
@@ -72,8 +72,8 @@ class Objective(Protocol):
         """Learn a pass's success rates and mask norms (L,); return which labels are finished (L,) bool."""
         ...
 
-    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the masks and patterns to keep."""
+    def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the masks, patterns and success rates to keep."""
         ...
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -113,6 +113,7 @@ class FixedCost:
         self._patience = patience
         self._best = torch.full((count,), float("inf"), device=device)
         self._stalled = torch.zeros(count, device=device)
+        self._success = torch.zeros(count, device=device)
 
     def trigger(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the masks and the patterns in pixel space."""
@@ -126,19 +127,20 @@ class FixedCost:
 
     def update(self, success: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
         """Count passes without a new smallest norm."""
+        self._success.copy_(success)
         better = norms < self._best
         self._best.copy_(torch.minimum(self._best, norms))
         self._stalled.add_(1).masked_fill_(better, 0)
         return self._stalled > self._patience
 
-    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the last iterate, as the published code does."""
         mask, pattern = self.trigger()
-        return mask.detach().clone(), pattern.detach().clone()
+        return mask.detach().clone(), pattern.detach().clone(), self._success.clone()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return everything `update` and the optimizer change."""
-        return {"mask": self._mask, "pattern": self._pattern, "best": self._best, "stalled": self._stalled}
+        return {"mask": self._mask, "pattern": self._pattern, "best": self._best, "stalled": self._stalled, "reached": self._success}
 
 
 class DynamicCost:
@@ -185,6 +187,7 @@ class DynamicCost:
         self._best = torch.full((2, count), float("inf"), device=device)  # smallest norm, early-stop reference
         self._kept_mask = torch.zeros(count, *shape[1:], device=device)
         self._kept_pattern = torch.zeros(count, *shape, device=device)
+        self._success = torch.zeros(2, count, device=device)  # of the kept trigger, of the last pass
 
     def trigger(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return masks and patterns in (0, 1)."""
@@ -201,6 +204,8 @@ class DynamicCost:
         with torch.no_grad():
             self._kept_mask[better] = mask[better]
             self._kept_pattern[better] = pattern[better]
+        self._success[0] = torch.where(better, success, self._success[0])
+        self._success[1] = success
         self._best[0] = torch.where(better, norms, self._best[0])
 
         set_, up, down, stop = self._counters
@@ -227,17 +232,17 @@ class DynamicCost:
         self._moved[1] |= lower & ~raise_
         return finished
 
-    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the smallest successful trigger, or the last iterate of a label that never succeeded."""
         mask, pattern = self.trigger()
         found = self._best[0].isfinite()
         kept_mask, kept_pattern = mask.detach().clone(), pattern.detach().clone()
         kept_mask[found], kept_pattern[found] = self._kept_mask[found], self._kept_pattern[found]
-        return kept_mask, kept_pattern
+        return kept_mask, kept_pattern, torch.where(found, self._success[0], self._success[1])
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return everything `update` and the optimizer change."""
-        kept = {"kept_mask": self._kept_mask, "kept_pattern": self._kept_pattern, "cost": self.cost}
+        kept = {"kept_mask": self._kept_mask, "kept_pattern": self._kept_pattern, "cost": self.cost, "reached": self._success}
         moving = {"counters": self._counters, "moved": self._moved, "best": self._best}
         return {"mask": self._mask, "pattern": self._pattern, **kept, **moving}
 
@@ -306,8 +311,36 @@ def invert(
             run.metric(f"{name} norm", float(norms.min()), success=float(success.mean()), active=int(active.sum()))
         if not active.any():
             stage.stop()
-    masks, patterns = objective.result()
-    return Triggers(tuple(int(label) for label in labels), masks, patterns, tuple(float(rate) for rate in success))
+    masks, patterns, reached = objective.result()
+    return Triggers(tuple(int(label) for label in labels), masks, patterns, tuple(float(rate) for rate in reached))
+
+
+def invert_every_label(
+    run: Run,
+    name: str,
+    *,
+    classifier: Classifier,
+    clean: ImageSet,
+    passes: int = 120,
+    batches_per_pass: int = 8,
+    batch_size: int = 32,
+    success: float = 0.99,
+) -> Triggers:
+    """Recover a trigger for every class at once with Neural Cleanse's own objective (Wang et al., S&P 2019)."""
+    _, channels, height, width = clean.images.shape
+    start = run.generator(name, "start")
+    objective = DynamicCost(classifier.classes, (channels, height, width), start, device=run.device, threshold=success)
+    return invert(
+        run,
+        name,
+        classifier=classifier,
+        clean=clean,
+        labels=range(classifier.classes),
+        objective=objective,
+        passes=passes,
+        batch_size=min(batch_size, len(clean)),
+        batches_per_pass=batches_per_pass,
+    )
 
 
 def anomaly_index(norms: Sequence[float] | np.ndarray) -> np.ndarray:

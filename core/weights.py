@@ -73,7 +73,7 @@ class Recognition:
                 "std": list(self.preprocessing.std),
             },
             "decided": self.decided,
-            "scores": [{"architecture": a, "preprocessing": p, "score": s} for a, p, s in self.scores],
+            "scores": [{"architecture": a, "preprocessing": p, "score": s if math.isfinite(s) else None} for a, p, s in self.scores],
         }
 
 

@@ -61,8 +61,12 @@ class Reader:
         return found
 
     async def _read(self, table: type[Model] | type[Dataset], row_id: str, sha256: str) -> None:
-        async with self._slots:
-            await asyncio.to_thread(self._examine, table, row_id, sha256)
+        try:
+            async with self._slots:
+                await asyncio.to_thread(self._examine, table, row_id, sha256)
+        except (StoreError, OSError) as error:
+            # The row stays `received`; whoever looks for abandoned uploads takes it up again.
+            logger.warning("cannot read upload %s now: %s", row_id, error)
 
     def _examine(self, table: type[Model] | type[Dataset], row_id: str, sha256: str) -> None:
         folder = self._objects.incoming(self._settings.scratch) / uuid.uuid4().hex

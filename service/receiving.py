@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import errno
 import hashlib
 import os
 import uuid
@@ -18,6 +17,7 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from service.problems import Problem
+from store.objects import NO_SPACE
 
 BLOCK = 4 << 20
 STALL_SECONDS = 30.0
@@ -122,6 +122,7 @@ async def receive(request: Request, folder: Path, *, limit: int) -> Received:
             raise Problem("malformed_body", "The body is empty; send the file's bytes.")
     except OSError as error:
         await sink.abandon()
+        await _drain(request)
         raise _full(error) from error
     except Problem:
         await sink.abandon()
@@ -247,6 +248,6 @@ def _check_digest(request: Request, sha256: str) -> None:
 
 
 def _full(error: OSError) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in NO_SPACE:
         return Problem("storage_full", "The upload was not kept because the disk is full; nothing else was harmed.")
     return error

@@ -32,11 +32,11 @@ def create(
     retry_of: str | None = None,
 ) -> Job:
     """Insert a queued job and its first event."""
-    moment = _moment(session)
+    at = moment(session)
     job = Job(
         id=ids.new("job"), tenant=tenant, status=states.QUEUED, kind=kind, method=method, model_id=model_id, dataset_id=dataset_id,
         test_dataset_id=test_dataset_id, request=request, seed=seed, max_seconds=max_seconds, labels=labels, retry_of=retry_of,
-        attempt=0, crashes=0, last_seq=0, created_at=moment, queued_at=moment,
+        attempt=0, crashes=0, last_seq=0, created_at=at, queued_at=at,
     )  # fmt: skip
     session.add(job)
     session.flush()
@@ -126,7 +126,7 @@ def record(
     for name, sha256 in checkpoints:
         values["crashes"] = 0  # the attempt got further than the last one
         session.execute(sa.delete(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.name == name))
-        session.add(Checkpoint(job_id=job_id, name=name, sha256=sha256, created_at=_moment(session)))
+        session.add(Checkpoint(job_id=job_id, name=name, sha256=sha256, created_at=moment(session)))
     _fenced(session, job_id, fence, **values)
     _append(session, job_id, events)
 
@@ -342,11 +342,9 @@ def _append(session: Session, job_id: str, events: Sequence[NewEvent]) -> None:
         sa.update(Job).where(Job.id == job_id).values(last_seq=Job.last_seq + count).returning(Job.last_seq).execution_options(synchronize_session=False)
     )
     assert last is not None
-    moment = _moment(session)
+    at = moment(session)
     for offset, event in enumerate(events):
-        row = Event(
-            id=ids.new("evt"), job_id=job_id, seq=last - count + 1 + offset, at=moment, type=event["type"], message=event["message"], data=event["data"]
-        )
+        row = Event(id=ids.new("evt"), job_id=job_id, seq=last - count + 1 + offset, at=at, type=event["type"], message=event["message"], data=event["data"])
         session.add(row)
     session.flush()
 
@@ -359,6 +357,7 @@ def _state_event(state: str, **data: Any) -> NewEvent:
     return {"type": "state", "message": state, "data": {"status": state, **data}}
 
 
-def _moment(session: Session) -> float:
-    moment: float = session.scalar(sa.select(now()))  # type: ignore[assignment]
-    return moment
+def moment(session: Session) -> float:
+    """Return the database's time, seconds since 1970."""
+    found: float = session.scalar(sa.select(now()))  # type: ignore[assignment]
+    return found

@@ -19,6 +19,8 @@ from store.errors import NotFound, StoreFull, StoreUnavailable
 
 CHUNK = 1 << 20
 STREAM_BLOCK = 2 << 20
+# A full disk, a quota, a limit on the size of files: to whoever waits for the bytes to be kept they are the same.
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -190,6 +192,6 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _translated(error: OSError) -> StoreFull | StoreUnavailable:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in NO_SPACE:
         return StoreFull("the disk is full")
     return StoreUnavailable(f"the object store cannot be written: {error.strerror}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -57,18 +58,24 @@ class Stack:
     def objects(self) -> Objects:
         return Objects(self.environment["UNPOISON_OBJECTS_URL"])
 
-    def start(self, *module: str, **more: str) -> subprocess.Popen[bytes]:
+    def start(self, *module: str, file_bytes: int | None = None, **more: str) -> subprocess.Popen[bytes]:
         log = (self.folder / f"{module[0]}-{len(self.processes)}.log").open("wb")
         process = subprocess.Popen(
-            [sys.executable, "-m", *module], env={**os.environ, **self.environment, **more}, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+            [sys.executable, "-m", *module],
+            env={**os.environ, **self.environment, **more},
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=None if file_bytes is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes)),
         )
         log.close()
         self.processes.append(process)
         return process
 
-    def start_api(self) -> subprocess.Popen[bytes]:
+    def start_api(self, *, file_bytes: int | None = None) -> subprocess.Popen[bytes]:
         self.port = self.port or free_port()
-        process = self.start("service", "api", UNPOISON_PORT=str(self.port))
+        process = self.start("service", "api", file_bytes=file_bytes, UNPOISON_PORT=str(self.port))
         until = time.monotonic() + 60
         while time.monotonic() < until:
             assert process.poll() is None, self.logs()

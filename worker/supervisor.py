@@ -85,7 +85,9 @@ class _Attempt:
         self._error: dict[str, Any] | None = None
         self._phase = job.phase
         self._beaten_at = self._flushed_at = self._asked_at = time.monotonic()
-        self._deadline = time.monotonic() + job.max_seconds
+        # The limit is the job's, not the attempt's; the claim has just written both times by the database's clock.
+        spent = (job.lease_until or 0.0) - settings.lease_seconds - (job.started_at or 0.0)
+        self._deadline = time.monotonic() + job.max_seconds - spent
 
     def run(self) -> str:
         """Do it; return what became of the job."""
@@ -284,7 +286,7 @@ class _Attempt:
         rows = []
         with self._database.read() as session:
             suspect = library.get(session, Model, self._job.model_id, self._job.tenant)
-        moment = time.time()
+            moment = jobs.moment(session)
         for name, said in self._artifacts.items():
             sha256, size = self._keep(self._folder / "out" / Path(name).name)
             rows.append(

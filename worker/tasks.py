@@ -78,6 +78,8 @@ def _sweep_for_ever() -> None:
     while not _leaving.is_set():
         try:
             queue.make_folder(settings.queue)
+            settings.scratch.mkdir(parents=True, exist_ok=True)
+            (settings.scratch / "worker-alive").touch()
             supervisor.sweep(settings, database, objects, lambda job_id: queue.announce(app, job_id))
             if time.monotonic() - tidied_at > 600:
                 tidied_at = time.monotonic()

@@ -260,3 +260,16 @@ def test_badnets_elsewhere_and_own_cells() -> None:
 def test_bad_recipes_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         catalog.validate(catalog.attacks(), {"method": "badnets", **bad})
+
+
+def test_mcldef_finds_the_target_itself(case: Case, tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "job", case, "mcldef")
+    spec = json.loads((folder / "job.json").read_text())
+    del spec["defense"]["target"]
+    (folder / "job.json").write_text(json.dumps(spec))
+    code, events = engine(folder)
+    assert code == 0, events[-1]
+    findings = events[-1]["data"]["findings"]
+    assert findings["target"] == 5
+    norms = findings["inspection"]["mask_norms"]
+    assert min(norms) == norms[5] and findings["inspection"]["anomaly_index"][5] > 2

@@ -165,7 +165,8 @@ def test_another_tenants_things_do_not_exist(api: Stack, case: Case) -> None:
                 theirs = raw(stranger).request(method, path.format(**real))
                 absent = raw(stranger).request(method, path.format(**{name: value[:-3] + "000" for name, value in real.items()}))
                 assert theirs.status_code == absent.status_code == 404, (method, path, theirs.text)
-                assert theirs.json()["code"] == absent.json()["code"] == "not_found"
+                if method != "head":
+                    assert theirs.json()["code"] == absent.json()["code"] == "not_found"
                 tried += 1
         assert tried >= 15
         for list_ in (stranger.models, stranger.datasets, stranger.jobs):

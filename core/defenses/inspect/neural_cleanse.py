@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -10,7 +10,6 @@ from pydantic import Field
 from core import inversion
 from core.catalog import Inputs, Need, Outcome, Params, defense
 from core.errors import NotEnoughCleanData
-from core.inversion import Objective
 from core.run import Run
 
 
@@ -43,33 +42,28 @@ def run(run: Run, inputs: Inputs, params: NeuralCleanse) -> Outcome:
     if len(clean) < params.batch_size:
         raise NotEnoughCleanData(f"{len(clean)} clean images, a batch takes {params.batch_size}", "Give more clean images or a smaller batch_size.")
     run.phase("inverting")
-    labels = range(model.classes)
     _, channels, height, width = clean.images.shape
-    shape = (channels, height, width)
-    generator = run.generator("neural cleanse start")
-    objective: Objective
+    shared: dict[str, Any] = {
+        "classifier": model,
+        "clean": clean,
+        "passes": params.passes,
+        "batches_per_pass": params.batches_per_pass,
+        "batch_size": params.batch_size,
+    }
+    name = "invert all labels"
     if params.objective == "dynamic":
-        objective = inversion.DynamicCost(len(labels), shape, generator, device=run.device, threshold=params.success)
+        triggers = inversion.invert_every_label(run, name, success=params.success, **shared)
     else:
         scale, offset = torch.ones(channels, device=run.device), torch.zeros(channels, device=run.device)
-        objective = inversion.FixedCost(len(labels), shape, generator, weight=params.mask_weight, patience=30, scale=scale, offset=offset)
-    triggers = inversion.invert(
-        run,
-        "invert all labels",
-        classifier=model,
-        clean=clean,
-        labels=labels,
-        objective=objective,
-        passes=params.passes,
-        batch_size=params.batch_size,
-        batches_per_pass=params.batches_per_pass,
-    )
+        start = run.generator(name, "start")
+        objective = inversion.FixedCost(model.classes, (channels, height, width), start, weight=params.mask_weight, patience=30, scale=scale, offset=offset)
+        triggers = inversion.invert(run, name, labels=range(model.classes), objective=objective, **shared)
     norms = triggers.norms
     index = inversion.anomaly_index(norms)
     suspects = inversion.flagged(norms, threshold=params.threshold)
     failed = [label for label, rate in zip(triggers.labels, triggers.success, strict=True) if rate < 0.9]
     verdict, reason = judge(norms, suspects, failed, model.classes, params.threshold)
-    shown = suspects or [min(labels, key=lambda label: norms[label])]
+    shown = suspects or [min(range(model.classes), key=lambda label: norms[label])]
     findings = {
         "verdict": verdict,
         "reason": reason,

@@ -47,7 +47,6 @@ def run(run: Run, inputs: Inputs, params: FineTuning) -> Outcome:
         assert labels is not None
         return F.cross_entropy(model(images).float(), labels)
 
-    half = max(params.epochs // 2, 2)
     run.phase("fine-tuning")
     history = training.fit(
         run,
@@ -56,7 +55,7 @@ def run(run: Run, inputs: Inputs, params: FineTuning) -> Outcome:
         loss=loss,
         network=model,
         optimizer=optimizer,
-        schedule=training.steps((0, params.learning_rate), (1, params.learning_rate / 10), (half, params.learning_rate / 100)),
+        schedule=training.two_drops(params.learning_rate, params.epochs),
         epochs=params.epochs,
         batch_size=params.batch_size,
         augment=crop_and_flip() if params.augment else none,

@@ -74,9 +74,9 @@ def run(run: Run, inputs: Inputs, params: MCLDef) -> Outcome:
     findings: dict[str, Any] = {}
     target = params.target
     if target is None:
-        target, findings["inspection"] = _inspect(run, teacher, clean, params)
+        target, findings["inspection"] = _inspect(run, teacher, clean)
     run.phase("inverting")
-    triggers = _invert(run, "invert trigger", teacher, clean, [target], params, passes=params.inversion_epochs)
+    triggers = _invert(run, teacher, clean, target, params)
     mask, pattern = triggers.of(target)
     findings["trigger"] = {"target": target, "mask_norm": triggers.norms[0], "success": triggers.success[0]}
     run.log(f"recovered a trigger of {triggers.norms[0]:.1f} pixels for class {target}", **findings["trigger"])
@@ -108,7 +108,6 @@ def eliminate(run: Run, inputs: Inputs, teacher: Classifier, mask: torch.Tensor,
         held = (1 - F.cosine_similarity(z_held.float(), z_clean.float())).mean()
         return model_contrastive(z, z_clean, z_poisoned, temperature=params.temperature) + params.anchor * held
 
-    half = max(params.epochs // 2, 2)
     history = training.fit(
         run,
         "contrast",
@@ -116,7 +115,7 @@ def eliminate(run: Run, inputs: Inputs, teacher: Classifier, mask: torch.Tensor,
         loss=loss,
         network=student,
         optimizer=optimizer,
-        schedule=training.steps((0, params.learning_rate), (1, params.learning_rate / 10), (half, params.learning_rate / 100)),
+        schedule=training.two_drops(params.learning_rate, params.epochs),
         epochs=params.epochs,
         batch_size=params.batch_size,
         augment=crop_and_flip() if params.augment else none,
@@ -126,11 +125,10 @@ def eliminate(run: Run, inputs: Inputs, teacher: Classifier, mask: torch.Tensor,
     return student.eval().requires_grad_(True), history
 
 
-def _inspect(run: Run, teacher: Classifier, clean: ImageSet, params: MCLDef) -> tuple[int, dict[str, Any]]:
+def _inspect(run: Run, teacher: Classifier, clean: ImageSet) -> tuple[int, dict[str, Any]]:
     """Find the target: the label whose mask is anomalously small when all labels are inverted together."""
     run.phase("inspecting")
-    sample = clean.sample(512, run.generator("inspect sample"))
-    triggers = _invert(run, "inspect all labels", teacher, sample, range(teacher.classes), params, passes=60)
+    triggers = inversion.invert_every_label(run, "inspect all labels", classifier=teacher, clean=clean)
     suspects = inversion.flagged(triggers.norms)
     report = {"mask_norms": triggers.norms, "anomaly_index": inversion.anomaly_index(triggers.norms).tolist()}
     if not suspects:
@@ -142,13 +140,14 @@ def _inspect(run: Run, teacher: Classifier, clean: ImageSet, params: MCLDef) -> 
     return suspects[0], report
 
 
-def _invert(run: Run, name: str, teacher: Classifier, clean: ImageSet, labels: Any, params: MCLDef, *, passes: int) -> inversion.Triggers:
+def _invert(run: Run, teacher: Classifier, clean: ImageSet, target: int, params: MCLDef) -> inversion.Triggers:
+    """Recover the target's trigger with the fixed mask weight of Eq. 2."""
     scale, offset = pattern_space(teacher, params.space)
     _, channels, height, width = clean.images.shape
     objective = inversion.FixedCost(
-        len(labels),
+        1,
         (channels, height, width),
-        run.generator(name, "start"),
+        run.generator("invert trigger", "start"),
         weight=params.mask_weight,
         patience=params.patience,
         scale=scale,
@@ -156,12 +155,12 @@ def _invert(run: Run, name: str, teacher: Classifier, clean: ImageSet, labels: A
     )
     return inversion.invert(
         run,
-        name,
+        "invert trigger",
         classifier=teacher,
         clean=clean,
-        labels=labels,
+        labels=[target],
         objective=objective,
-        passes=passes,
+        passes=params.inversion_epochs,
         batch_size=params.inversion_batch,
         augment=crop_and_flip() if params.augment else none,
     )
