@@ -25,6 +25,7 @@ from client.sessions import Client
 
 EXIT = {"succeeded": 0, "failed": 2, "crashed": 3, "cancelled": 4}
 EXIT_ERROR, EXIT_TIMEOUT = 1, 5
+JOB = ["id", "status", "method", "attempt", "cleaned_model_id", "started_at", "finished_at"]
 err = Console(stderr=True)
 
 
@@ -42,7 +43,7 @@ class Output:
         return Client(self.url, self.api_key)
 
     def show(self, items: list[Json] | Json, columns: list[str]) -> None:
-        """Print as a table, as JSON (`--json`), or ids only (`-q`)."""
+        """Print as a table of these columns (of everything if there are none), as JSON (`--json`), or ids only (`-q`)."""
         rows = items if isinstance(items, list) else [items]
         if self.as_json:
             print(json.dumps(items))
@@ -51,13 +52,18 @@ class Output:
                 print(row.get("id", row.get("name", "")))
         elif isinstance(items, list):
             table = Table(*columns)
+            for column in table.columns[:1]:
+                # An id that is cut cannot be pasted into the next command.
+                column.no_wrap = True
+                column.overflow = "fold"
+                column.min_width = max((len(_cell(row.get(columns[0]))) for row in rows), default=0)
             for row in rows:
                 table.add_row(*(_cell(row.get(column)) for column in columns))
             Console().print(table)
         else:
             table = Table(show_header=False)
-            for name, value in items.items():
-                table.add_row(name, _cell(value))
+            for name in columns or items:
+                table.add_row(name, _cell(items.get(name)))
             Console().print(table)
 
 
@@ -121,7 +127,7 @@ def _uploads(group: typer.Typer, kind: str, columns: list[str]) -> None:
     @group.command("show", help="Show one.")
     def show(item: Id) -> None:
         with output.client() as client:
-            output.show(getattr(client, kind).get(item), columns)
+            output.show(getattr(client, kind).get(item), [])
 
     @group.command("rm", help="Delete one; refused while a job needs it.")
     def remove(item: Id) -> None:
@@ -190,7 +196,7 @@ def submit(
     with output.client() as client:
         job = client.jobs.create(model=model, dataset=dataset, defense=defense, evaluation=evaluation, seed=seed, validate_only=dry_run)
         if dry_run or not wait:
-            output.show(job, ["id"])
+            output.show(job, ["object", "method", "kind", "request"] if dry_run else JOB)
             if not dry_run:
                 err.print(f"follow it: unpoison jobs watch {job['id']}")
             return
@@ -208,7 +214,7 @@ def list_jobs(status: Annotated[str | None, typer.Option()] = None) -> None:
 def show_job(job: Id) -> None:
     """Show a job."""
     with output.client() as client:
-        output.show(client.jobs.get(job), ["id"])
+        output.show(client.jobs.get(job), [])
 
 
 @jobs.command("watch")
@@ -225,7 +231,7 @@ def wait_for(job: Annotated[list[str], typer.Argument(metavar="ID...")], timeout
     with output.client() as client:
         for one in job:
             found = client.jobs.wait(one, timeout=timeout)
-            output.show(found, ["id"])
+            output.show(found, JOB)
             worst = max(worst, EXIT[found["status"]])
     raise typer.Exit(worst)
 
@@ -325,7 +331,7 @@ def _follow(client: Client, job_id: str, timeout: float | None) -> None:
     except KeyboardInterrupt:
         err.print(f"detached; the job goes on. Follow it: unpoison jobs watch {job_id}   stop it: unpoison jobs cancel {job_id}")
         raise typer.Exit(EXIT_ERROR) from None
-    output.show(job, ["id"])
+    output.show(job, JOB)
     if job["error"]:
         err.print(f"{job['error']['code']}: {job['error']['detail']} {job['error']['advice']}")
     elif job["status"] == "succeeded":

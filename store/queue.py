@@ -22,6 +22,8 @@ def app(url: str) -> Celery:
         folder = Path(url.removeprefix("filesystem://"))
         make_folder(url)
         broker = "filesystem://"
+        # kombu misses a host name that a folder does not have.
+        logging.getLogger("kombu.connection").setLevel(logging.ERROR)
         options = {"data_folder_in": str(folder), "data_folder_out": str(folder), "control_folder": str(folder / "control"), "polling_interval": 0.2}
     else:
         options |= {"socket_timeout": 10, "socket_connect_timeout": 3, "socket_keepalive": True}
