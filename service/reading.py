@@ -51,7 +51,9 @@ class Reader:
                 for table in (Model, Dataset):
                     for row in await asyncio.to_thread(self._abandoned, table):
                         await self._read(table, row.id, row.sha256)
-            except StoreError as error:
+                # Longer than the longest reading of an upload, which keeps a folder there.
+                await asyncio.to_thread(self._objects.forget_incoming, self._settings.scratch, older_than_seconds=self.patience + 3600)
+            except (StoreError, OSError) as error:
                 logger.warning("cannot look for unread uploads: %s", error)
             await asyncio.sleep(self._settings.sweep_seconds)
 

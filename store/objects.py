@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import os
 import re
+import shutil
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,17 @@ class Objects:
         folder = self._folder / "incoming" if self._folder is not None else scratch / "incoming"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def forget_incoming(self, scratch: Path, *, older_than_seconds: float) -> None:
+        """Remove incoming files that nobody has written to for a while: their process was killed."""
+        for left in self.incoming(scratch).iterdir():
+            # Another process may finish with it, or remove it, at the same moment.
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > older_than_seconds:
+                    if left.is_dir():
+                        shutil.rmtree(left, ignore_errors=True)
+                    else:
+                        left.unlink()
 
     def adopt(self, path: Path, sha256: str) -> None:
         """Store the file at `path` under its digest and remove it; nobody ever sees half of it.

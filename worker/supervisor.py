@@ -414,8 +414,8 @@ def sweep(settings: Settings, database: Database, objects: Objects, announce: Ca
             break
 
 
-def tidy(database: Database, objects: Objects) -> None:
-    """Remove objects that no row has needed for an hour, and old answers.
+def tidy(settings: Settings, database: Database, objects: Objects) -> None:
+    """Remove objects that no row needs, what killed processes left half written, and old answers.
 
     Raises `StoreError`.
     """
@@ -424,3 +424,5 @@ def tidy(database: Database, objects: Objects) -> None:
         idempotency.forget_expired(session)
     for sha256 in gone:
         objects.delete(sha256)
+    # Longer than the longest reading of an upload, which keeps a folder there.
+    objects.forget_incoming(settings.scratch, older_than_seconds=settings.intake_seconds + 3600)

@@ -83,7 +83,7 @@ def _sweep_for_ever() -> None:
             supervisor.sweep(settings, database, objects, lambda job_id: queue.announce(app, job_id))
             if time.monotonic() - tidied_at > 600:
                 tidied_at = time.monotonic()
-                supervisor.tidy(database, objects)
+                supervisor.tidy(settings, database, objects)
         except (StoreError, OSError) as error:
             logger.warning("sweep failed, next one tries again", error=str(error))
         time.sleep(settings.sweep_seconds)

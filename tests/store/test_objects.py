@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,17 @@ def test_adopted_files_move(objects: Objects, tmp_path: Path) -> None:
     digest = hashlib.sha256(b"hello").hexdigest()
     objects.adopt(incoming, digest)
     assert not incoming.exists() and objects.exists(digest)
+
+
+def test_what_killed_processes_left_is_removed(objects: Objects, tmp_path: Path) -> None:
+    folder = objects.incoming(tmp_path)
+    for name in ("old", "new"):
+        (folder / name).write_bytes(b"half")
+    (folder / "reading").mkdir()
+    for name in ("old", "reading"):
+        os.utime(folder / name, (0, 0))
+    objects.forget_incoming(tmp_path, older_than_seconds=3600)
+    assert [left.name for left in folder.iterdir()] == ["new"]
 
 
 def test_damage_is_noticed(tmp_path: Path) -> None:
