@@ -11,7 +11,7 @@ import inspect
 import operator
 import pkgutil
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 from core.classifier import Classifier
 from core.images import ImageSet
 from core.run import Run
+from core.triggers import Assets
 
 
 class Kind(StrEnum):
@@ -110,7 +111,7 @@ class Method:
         title, summary, paper: for people.
         needs: what a job must bring.
         params: the parameter class.
-        run: `run(run, inputs, params) -> Outcome`; an attack's is `stamp(images, params) -> images`.
+        run: `run(run, inputs, params) -> Outcome`; an attack's is `trigger(images, params, assets) -> images`.
     """
 
     name: str
@@ -138,6 +139,24 @@ class Method:
         }
 
 
+@dataclass(frozen=True)
+class Attack(Method):
+    """One attack; `run` puts the test-time trigger on uint8 images.
+
+    Attributes:
+        assets: `assets(params, shape) -> dict`: what the seed alone decides; `mask` (C, H, W) bool is always among it.
+        fit: `fit(run, params, assets, train, chosen, surrogate) -> dict`: trains the trigger and returns all assets.
+        poison: `poison(images, params, assets, which) -> images` where the training images differ from the test images;
+            `which` are the images' places in the recipe's list.
+        disturb: the same for images that keep their labels; the parameters then have `cross_ratio`.
+    """
+
+    assets: Callable[[Any, Any], Assets]
+    fit: Callable[..., Assets] | None = None
+    poison: Callable[..., torch.Tensor] | None = None
+    disturb: Callable[..., torch.Tensor] | None = None
+
+
 _METHODS: dict[str, Method] = {}
 
 
@@ -148,20 +167,29 @@ def defense(*, title: str, paper: str, needs: tuple[Need, ...]) -> Callable[[Cal
     """
 
     def register(function: Callable[[Run, Inputs, Any], Outcome]) -> Callable[[Run, Inputs, Any], Outcome]:
-        _register(function, kind=Kind(function.__module__.split(".")[-2]), title=title, paper=paper, needs=needs)
+        _register(function, Method, kind=Kind(function.__module__.split(".")[-2]), title=title, paper=paper, needs=needs)
         return function
 
     return register
 
 
-def attack(*, title: str, paper: str) -> Callable[[Callable[[torch.Tensor, Any], torch.Tensor]], Any]:
-    """Register `stamp(images, params)` of a file under `core/attacks/`: uint8 (N, C, H, W) in and out.
+def attack(
+    *,
+    title: str,
+    paper: str,
+    assets: Callable[[Any, Any], Assets],
+    fit: Callable[..., Assets] | None = None,
+    poison: Callable[..., torch.Tensor] | None = None,
+    disturb: Callable[..., torch.Tensor] | None = None,
+    needs: tuple[Need, ...] = (),
+) -> Callable[[Callable[[torch.Tensor, Any, Any], torch.Tensor]], Any]:
+    """Register `trigger(images, params, assets)` of a file under `core/attacks/`: uint8 (N, C, H, W) in and out.
 
-    The parameters must have `target`, the class the attack leads to.
+    See `Attack` for the parts. The parameters' class derives from `core.poisoning.AttackParams`.
     """
 
-    def register(function: Callable[[torch.Tensor, Any], torch.Tensor]) -> Callable[[torch.Tensor, Any], torch.Tensor]:
-        _register(function, kind=Kind.ATTACK, title=title, paper=paper, needs=())
+    def register(function: Callable[[torch.Tensor, Any, Any], torch.Tensor]) -> Callable[[torch.Tensor, Any, Any], torch.Tensor]:
+        _register(function, Attack, kind=Kind.ATTACK, title=title, paper=paper, needs=needs, assets=assets, fit=fit, poison=poison, disturb=disturb)
         return function
 
     return register
@@ -175,33 +203,33 @@ def methods() -> dict[str, Method]:
 
 def defenses() -> dict[str, Method]:
     """Return the defenses by name."""
-    return {name: method for name, method in methods().items() if method.kind is not Kind.ATTACK}
+    return {name: method for name, method in methods().items() if not isinstance(method, Attack)}
 
 
-def attacks() -> dict[str, Method]:
+def attacks() -> dict[str, Attack]:
     """Return the attacks by name."""
-    return {name: method for name, method in methods().items() if method.kind is Kind.ATTACK}
+    return {name: method for name, method in methods().items() if isinstance(method, Attack)}
 
 
-def union(found: dict[str, Method]) -> Any:
+def union(found: Mapping[str, Method]) -> Any:
     """Return the pydantic type of "any of these methods with its parameters", told apart by `method`."""
     classes: list[Any] = [method.params for method in found.values()]
     return Annotated[functools.reduce(operator.or_, classes), Field(discriminator="method")] if len(classes) > 1 else classes[0]
 
 
-def validate(found: dict[str, Method], value: Any) -> Params:
+def validate(found: Mapping[str, Method], value: Any) -> Params:
     """Return the parameters `value` describes; raises pydantic's `ValidationError`."""
     params: Params = TypeAdapter(union(found)).validate_python(value)
     return params
 
 
-def _register(function: Callable[..., Any], *, kind: Kind, title: str, paper: str, needs: tuple[Need, ...]) -> None:
+def _register(function: Callable[..., Any], entry: type[Method], **declared: Any) -> None:
     name = function.__module__.rsplit(".", 1)[-1]
     if name in _METHODS:
         raise ValueError(f"two methods are called {name!r}")
     params = typing.get_type_hints(function)["params"]
     summary = (inspect.getdoc(function) or "").split("\n", 1)[0]
-    _METHODS[name] = Method(name, kind, title, summary, paper, needs, params, function)
+    _METHODS[name] = entry(name=name, summary=summary, params=params, run=function, **declared)
 
 
 @functools.cache

@@ -48,6 +48,12 @@ class BadDataset(EngineError):
     code = "dataset_invalid"
 
 
+class BadRecipe(EngineError):
+    """An attack cannot be carried out on these images as it is written."""
+
+    code = "attack_invalid"
+
+
 class NotEnoughCleanData(EngineError):
     """The method needs more clean images than were given."""
 

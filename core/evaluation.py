@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from core import catalog
-from core.catalog import Params
 from core.classifier import Classifier
 from core.images import ImageSet, as_floats
+from core.poisoning import Triggered
 from core.training import mixed_precision
 
 
@@ -39,19 +38,11 @@ def predict(classifier: Classifier, images: torch.Tensor, *, batch_size: int = 5
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
 
 
-def triggered(test: ImageSet, attack: Params) -> torch.Tensor:
-    """Return the test images that count for ASR (true class is not the target), with the trigger: uint8."""
-    assert test.labels is not None
-    method = catalog.attacks()[attack.method]  # type: ignore[attr-defined]
-    stamped: torch.Tensor = method.run(test.images[test.labels != attack.target], attack)  # type: ignore[attr-defined]
-    return stamped
+def evaluate(classifier: Classifier, test: ImageSet, triggered: Triggered | None = None, *, mixed: bool = False) -> dict[str, Any]:
+    """Measure a classifier on labelled clean images and, if there are any, on triggered ones.
 
-
-def evaluate(classifier: Classifier, test: ImageSet, attack: Params | None = None, *, mixed: bool = False) -> dict[str, Any]:
-    """Measure a classifier on labelled clean images and, if the attack is declared, on triggered ones.
-
-    Returns rates (see `rate`): `ba` over all images, `per_class`; with an attack `ba_excluding_target`, and
-    `asr` and `pa` over the images whose class is not the target. `asr` here is always *measured*.
+    Returns rates (see `rate`): `ba` over all images, `per_class`; with triggered images `ba_excluding_target` (all-to-one),
+    `asr` (predicted as the attacker wants) and `pa` (predicted as their true class). `asr` here is always *measured*.
     """
     assert test.labels is not None
     labels = test.labels.cpu()
@@ -60,12 +51,13 @@ def evaluate(classifier: Classifier, test: ImageSet, attack: Params | None = Non
         "ba": rate(int(right.sum()), len(right)),
         "per_class": [rate(int(right[labels == c].sum()), int((labels == c).sum())) for c in range(classifier.classes)],
     }
-    if attack is not None:
-        others = labels != attack.target  # type: ignore[attr-defined]
-        found = predict(classifier, triggered(test, attack), mixed=mixed).cpu()
-        result["ba_excluding_target"] = rate(int(right[others].sum()), int(others.sum()))
-        result["asr"] = rate(int((found == attack.target).sum()), len(found))  # type: ignore[attr-defined]
-        result["pa"] = rate(int((found == labels[others]).sum()), len(found))
+    if triggered is not None:
+        if triggered.target is not None:
+            others = labels != triggered.target
+            result["ba_excluding_target"] = rate(int(right[others].sum()), int(others.sum()))
+        found = predict(classifier, triggered.images, mixed=mixed).cpu()
+        result["asr"] = rate(int((found == triggered.wanted.cpu()).sum()), len(found))
+        result["pa"] = rate(int((found == triggered.labels.cpu()).sum()), len(found))
     return result
 
 
@@ -76,3 +68,33 @@ def defense_effectiveness(before: dict[str, Any], after: dict[str, Any]) -> floa
     gained = max(0.0, before["asr"]["value"] - after["asr"]["value"])
     lost = max(0.0, before["ba"]["value"] - after["ba"]["value"])
     return (gained - lost + 1) / 2
+
+
+def split_precision(is_poisoned: torch.Tensor, clean: torch.Tensor, suspect: torch.Tensor) -> dict[str, Any]:
+    """Return precision and recall of a split of the training set.
+
+    Args:
+        is_poisoned: (N,) bool, the hidden truth: the image carries a trigger, whatever its label.
+        clean, suspect: (N,) bool, what a method takes for clean and for poisoned; what is in neither is undecided.
+    """
+    poisoned = is_poisoned.bool().cpu()
+    clean, suspect = clean.bool().cpu(), suspect.bool().cpu()
+
+    def share(part: torch.Tensor, of: torch.Tensor) -> dict[str, Any]:
+        return rate(int((part & of).sum()), int(of.sum()))
+
+    return {
+        "clean_precision": share(~poisoned, clean),
+        "clean_recall": share(clean, ~poisoned),
+        "poison_precision": share(poisoned, suspect),
+        "poison_recall": share(suspect, poisoned),
+    }
+
+
+def filter_rates(is_poisoned: torch.Tensor, accepted: torch.Tensor) -> dict[str, Any]:
+    """Return the shares of clean and of poisoned images, (N,) bool, that a filter accepts (SSL-Cleanse, Tables 1 and 3)."""
+    poisoned, accepted = is_poisoned.bool().cpu(), accepted.bool().cpu()
+    return {
+        "clean_accepted": rate(int((accepted & ~poisoned).sum()), int((~poisoned).sum())),
+        "poisoned_accepted": rate(int((accepted & poisoned).sum()), int(poisoned.sum())),
+    }

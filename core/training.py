@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -62,6 +63,15 @@ def one_cycle(epochs: int, peak: float, warm: float = 0.25) -> Schedule:
     return rate
 
 
+def cosine(epochs: int, start: float) -> Schedule:
+    """Return half a cosine from `start` to zero."""
+
+    def rate(epoch: float) -> float:
+        return start * (1 + math.cos(math.pi * min(epoch / epochs, 1))) / 2
+
+    return rate
+
+
 def fit(
     run: Run,
     name: str,
@@ -77,6 +87,7 @@ def fit(
     prepare: Callable[[], object] = lambda: None,
     after_epoch: Callable[[int], None] = lambda epoch: None,
     mixed: bool = True,
+    state: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[float]:
     """Minimise `loss(images, labels)` over `data` as a resumable stage; return each epoch's mean loss.
 
@@ -87,6 +98,7 @@ def fit(
         network: what the optimizer changes; its state is checkpointed.
         schedule: the learning rate at an epoch (fractions of an epoch within it).
         prepare: sets train and eval modes; called before each epoch.
+        state: what else a step changes (the loss's own generator, say); checkpointed with the rest.
         after_epoch: called with the 1-based epoch, in whatever mode `prepare` set.
 
     Raises:
@@ -94,7 +106,7 @@ def fit(
     """
     history: dict[str, list[float]] = {"loss": []}
     generator = run.generator(name)
-    for epoch in run.stage(name, total=epochs, network=network, optimizer=optimizer, generator=generator, history=history):
+    for epoch in run.stage(name, total=epochs, network=network, optimizer=optimizer, generator=generator, history=history, **state):
         prepare()
         total = torch.zeros((), device=run.device)
         seen = 0

@@ -83,6 +83,19 @@ def recognise(shapes: Shapes) -> list[Architecture]:
     )
 
 
+def names() -> tuple[str, ...]:
+    """Return the names that `named` knows."""
+    return tuple(sorted(name for family in _families() for name in family.NAMES))
+
+
+def named(name: str, *, classes: int, channels: int = 3) -> Architecture:
+    """Return an architecture by its name; raises `ArchitectureUnknown` with the names there are."""
+    for family in _families():
+        if name in family.NAMES:
+            return family.describe(**family.NAMES[name], classes=classes, channels=channels)  # type: ignore[no-any-return]
+    raise ArchitectureUnknown(f"there is no architecture {name!r}", f"Names: {', '.join(names())}.")
+
+
 def count_blocks(shapes: Shapes, prefix: str) -> int:
     """Return how many numbered blocks follow `prefix` (`layer1.0.`, `layer1.1.` … → 2)."""
     numbers = {name[len(prefix) :].split(".", 1)[0] for name in shapes if name.startswith(prefix)}

@@ -15,6 +15,11 @@ from core.architectures.network import Network
 from core.architectures.recognise import Architecture, Shapes, count_blocks
 
 FAMILY = "resnet"
+NAMES = {
+    f"resnet{depth}{suffix}": {"depth": depth, "stem": stem}
+    for depth in (18, 34, 50)
+    for stem, suffix in (("imagenet", ""), ("cifar", "-cifar"), ("cifar-maxpool", "-cifar-maxpool"))
+}
 DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {((2, 2, 2, 2), False): 18, ((3, 4, 6, 3), False): 34, ((3, 4, 6, 3), True): 50}
 
 
@@ -70,18 +75,20 @@ def variants(shapes: Shapes) -> list[Architecture]:
     else:
         stems = ["cifar", "cifar-maxpool"]
     renames = ((".shortcut.", ".downsample."), ("linear.", "fc.")) if kuangliu else ()
-    return [
-        Architecture(
-            family=FAMILY,
-            name=f"resnet{depth}" + ("" if kind == "imagenet" else f"-{kind}"),
-            options={"depth": depth, "classes": head[0], "channels": stem[1], "stem": kind},
-            classes=head[0],
-            channels=stem[1],
-            input_size=224 if kind == "imagenet" else 32,
-            renames=renames,
-        )
-        for kind in stems
-    ]
+    return [describe(depth=depth, stem=kind, classes=head[0], channels=stem[1], renames=renames) for kind in stems]
+
+
+def describe(*, depth: int, stem: str, classes: int, channels: int, renames: tuple[tuple[str, str], ...] = ()) -> Architecture:
+    """Return the architecture of a depth and stem."""
+    return Architecture(
+        family=FAMILY,
+        name=f"resnet{depth}" + ("" if stem == "imagenet" else f"-{stem}"),
+        options={"depth": depth, "classes": classes, "channels": channels, "stem": stem},
+        classes=classes,
+        channels=channels,
+        input_size=224 if stem == "imagenet" else 32,
+        renames=renames,
+    )
 
 
 def build(options: dict[str, Any]) -> ResNet:

@@ -12,6 +12,7 @@ from core.architectures.network import Network
 from core.architectures.recognise import Architecture, Shapes, count_blocks
 
 FAMILY = "wide_resnet"
+NAMES = {f"wrn-{depth}-{width}": {"depth": depth, "width": width} for depth, width in ((10, 1), (10, 2), (16, 1), (16, 2), (28, 10), (40, 1), (40, 2))}
 
 
 class Block(nn.Module):
@@ -85,18 +86,13 @@ def variants(shapes: Shapes) -> list[Architecture]:
     head = shapes.get("fc.weight")
     if first is None or stem is None or head is None or "conv1.bias" in shapes or len(first) != 4 or len(stem) != 4:
         return []
-    depth = 6 * count_blocks(shapes, "block1.layer.") + 4
-    options = {"depth": depth, "width": max(first[0] // 16, 1), "classes": head[0], "channels": stem[1]}
-    return [
-        Architecture(
-            family=FAMILY,
-            name=f"wrn-{options['depth']}-{options['width']}",
-            options=options,
-            classes=head[0],
-            channels=stem[1],
-            input_size=32,
-        )
-    ]
+    return [describe(depth=6 * count_blocks(shapes, "block1.layer.") + 4, width=max(first[0] // 16, 1), classes=head[0], channels=stem[1])]
+
+
+def describe(*, depth: int, width: int, classes: int, channels: int) -> Architecture:
+    """Return the architecture of a depth and width."""
+    options = {"depth": depth, "width": width, "classes": classes, "channels": channels}
+    return Architecture(family=FAMILY, name=f"wrn-{depth}-{width}", options=options, classes=classes, channels=channels, input_size=32)
 
 
 def build(options: dict[str, int]) -> WideResNet:

@@ -1,59 +1,116 @@
-"""BadNets: a small patch replaces the pixels of a corner (Gu et al., IEEE Access 2019)."""
+"""BadNets: a small patch replaces pixels (Gu et al., IEEE Access 2019)."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 
-from core.catalog import Params, attack
-from core.errors import BadDataset
+from core.catalog import attack
+from core.errors import BadRecipe
+from core.poisoning import AttackParams, Picture
+from core.triggers import Assets, Shape, draws, replace
 
 # Three rows of grey levels, top row first. `grid` is the NAD, ABL and MCLDef patch; its top-left cell is black.
+# `centre` is the patch MCL calls centerTrigger.
 PATTERNS = {
     "grid": ((0, 0, 255), (0, 255, 0), (255, 0, 255)),
-    "white": ((255, 255, 255), (255, 255, 255), (255, 255, 255)),
     "checker": ((255, 0, 255), (0, 255, 0), (255, 0, 255)),
+    "centre": ((255, 0, 255), (0, 255, 0), (255, 0, 0)),
 }
-Level = Annotated[int, Field(ge=0, le=255)]
 
 
-class BadNets(Params):
+class BadNets(AttackParams):
     """Which patch, where, towards which class."""
 
     method: Literal["badnets"]
-    target: int = Field(ge=0, le=100_000, title="Target class", description="The class that patched images are sent to.")
-    pattern: Literal["grid", "white", "checker"] = Field(default="grid", title="Patch", description="`grid` is the 3x3 patch of NAD, ABL and MCLDef.")
-    cells: Annotated[list[Annotated[list[Level], Field(min_length=1, max_length=512)]], Field(min_length=1, max_length=512)] | None = Field(
-        default=None, title="Own patch", description="Grey levels 0..255 by row, top row first, instead of a named patch."
+    pattern: Literal["grid", "white", "checker", "checkerboard", "centre", "noise", "colours"] = Field(
+        default="grid",
+        title="Patch",
+        description="`grid` is the 3x3 patch of NAD, ABL and MCLDef; `checker` and `centre` are 3x3 too. `white`, `checkerboard` (one-pixel cells), "
+        "`noise` (uniform, drawn once) and `colours` (a smooth 4x4 grid of saturated colours, drawn once) have any `size`.",
     )
-    bottom: int = Field(default=0, ge=0, le=4096, title="Rows below", description="Distance of the patch from the bottom edge, pixels.")
-    right: int = Field(default=0, ge=0, le=4096, title="Columns right", description="Distance of the patch from the right edge, pixels.")
+    cells: Picture | None = Field(
+        default=None, title="Own patch", description="Grey levels 0..255, or red, green and blue, by row, top row first, instead of a named patch."
+    )
+    size: int = Field(default=3, ge=1, le=512, title="Size", description="Side of a patch that has any size, pixels.")
+    scale: int = Field(default=1, ge=1, le=512, title="Scale", description="Side of a cell, pixels: 10 makes the 3x3 grid 30x30.")
+    place: Literal["corner", "centre", "random"] = Field(default="corner", title="Place", description="`random` is drawn once.")
+    bottom: int = Field(default=0, ge=0, le=4096, title="Rows below", description="Distance of a patch in the corner from the bottom edge, pixels.")
+    right: int = Field(default=0, ge=0, le=4096, title="Columns right", description="Distance of a patch in the corner from the right edge, pixels.")
+    top: int | None = Field(default=None, ge=0, le=4096, title="Rows above", description="Distance from the top edge, instead of the bottom one.")
+    left: int | None = Field(default=None, ge=0, le=4096, title="Columns left", description="Distance from the left edge, instead of the right one.")
 
 
-@attack(title="BadNets", paper="Gu et al., BadNets, IEEE Access 2019")
-def stamp(images: torch.Tensor, params: BadNets) -> torch.Tensor:
-    """Replace the patch's pixels, counted from the bottom right corner.
+def patch(params: BadNets, channels: int) -> torch.Tensor:
+    """Return the patch, (C, height, width) uint8.
 
-    Args:
-        images: (N, C, H, W) uint8; not changed.
-
-    Raises:
-        BadDataset: when the patch's rows differ in length or it does not lie inside the images.
+    Raises `BadRecipe` when the rows of an own patch differ in length, or it has colours and the images have none.
     """
-    cells = params.cells if params.cells is not None else PATTERNS[params.pattern]
-    if len({len(row) for row in cells}) != 1:
-        raise BadDataset("the rows of the patch's cells differ in length", "Give rows of equal length.")
-    patch = torch.tensor(cells, dtype=torch.uint8, device=images.device)
-    height, width = patch.shape
-    bottom, right = images.shape[2] - params.bottom, images.shape[3] - params.right
-    if bottom < height or right < width:
-        raise BadDataset(
-            f"a {height}x{width} patch {params.bottom} rows and {params.right} columns from the corner lies outside "
-            f"images of {images.shape[2]}x{images.shape[3]}",
+    if params.cells is not None:
+        return picture(params.cells, channels, params.scale)
+    size = params.size
+    if params.pattern == "white":
+        cells = np.full((size, size), 255, dtype=np.uint8)
+    elif params.pattern == "checkerboard":
+        cells = ((np.add.outer(np.arange(size), np.arange(size)) + 1) % 2 * 255).astype(np.uint8)
+    elif params.pattern == "noise":
+        cells = draws(params.seed, "patch").integers(0, 256, (channels, size, size), dtype=np.uint8)
+    elif params.pattern == "colours":
+        corners = torch.from_numpy(draws(params.seed, "patch").integers(0, 2, (1, channels, 4, 4))).double().mul(255)
+        smooth = F.interpolate(corners, size=(size, size), mode="bicubic", align_corners=False)
+        cells = smooth[0].round().clamp(0, 255).to(torch.uint8).numpy()
+    else:
+        cells = np.array(PATTERNS[params.pattern], dtype=np.uint8)
+    blocks = cells.repeat(params.scale, axis=-2).repeat(params.scale, axis=-1)
+    return torch.from_numpy(np.broadcast_to(blocks, (channels, *blocks.shape[-2:])).copy())
+
+
+def picture(cells: Picture, channels: int, scale: int = 1) -> torch.Tensor:
+    """Turn rows of grey levels or colours into (C, height, width) uint8; raises `BadRecipe` when they do not form one."""
+    try:
+        array = np.array(cells, dtype=np.uint8)
+    except ValueError as error:
+        raise BadRecipe("the rows of the cells differ in length, or grey levels and colours are mixed", "Give rows of equal length, of one kind.") from error
+    if array.ndim == 3 and channels != 3:
+        raise BadRecipe(f"the cells have three colours, the images {channels} channel", "Give grey levels.")
+    planes = array.transpose(2, 0, 1) if array.ndim == 3 else np.broadcast_to(array, (channels, *array.shape))
+    return torch.from_numpy(planes.repeat(scale, axis=1).repeat(scale, axis=2).copy())
+
+
+def position(params: BadNets, shape: Shape, height: int, width: int) -> tuple[int, int]:
+    """Return the row and column of a patch's first pixel; raises `BadRecipe` when it lies outside the image."""
+    _, rows, columns = shape
+    row = rows - params.bottom - height if params.top is None else params.top
+    column = columns - params.right - width if params.left is None else params.left
+    if params.place == "centre":
+        row, column = (rows - height) // 2, (columns - width) // 2
+    elif params.place == "random" and height <= rows and width <= columns:
+        place = draws(params.seed, "place")
+        row, column = int(place.integers(rows - height + 1)), int(place.integers(columns - width + 1))
+    if row < 0 or column < 0 or row + height > rows or column + width > columns:
+        raise BadRecipe(
+            f"a {height}x{width} patch with its first pixel in row {row}, column {column} lies outside images of {rows}x{columns}",
             "Use a smaller patch or smaller distances.",
         )
-    stamped = images.clone(memory_format=torch.preserve_format)
-    stamped[:, :, bottom - height : bottom, right - width : right] = patch
-    return stamped
+    return row, column
+
+
+def assets(params: BadNets, shape: Shape) -> Assets:
+    """Return mask (C, H, W) bool and pattern (C, H, W) uint8."""
+    drawn = patch(params, shape[0])
+    height, width = drawn.shape[1:]
+    row, column = position(params, shape, height, width)
+    mask, pattern = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.uint8)
+    mask[:, row : row + height, column : column + width] = True
+    pattern[:, row : row + height, column : column + width] = drawn
+    return {"mask": mask, "pattern": pattern}
+
+
+@attack(title="BadNets", paper="Gu et al., BadNets, IEEE Access 2019", assets=assets)
+def trigger(images: torch.Tensor, params: BadNets, assets: Assets) -> torch.Tensor:
+    """Replace the patch's pixels."""
+    return replace(images, assets["mask"], assets["pattern"])

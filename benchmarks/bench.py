@@ -1,0 +1,312 @@
+"""One runner for all tables: `python -m benchmarks.bench TABLE --seeds 3 --budget cpu` (or `make bench TABLE=…`).
+
+A table is a TOML file in `benchmarks/tables/`: rows (attacks) by columns (defenses), with the papers' numbers. Victims are
+trained once into a cache, every cell is kept as it is finished, so a stopped run goes on where it was. What comes out is
+`results/TABLE.json` and `results/TABLE.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import pictures
+from core import catalog, datasets, evaluation, poisoning, report, victim, weights
+from core.catalog import Inputs, Need
+from core.classifier import Classifier
+from core.images import ImageSet
+from core.poisoning import AttackParams, Recipe, Triggered
+from core.run import Run
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SHARED = Path(os.environ.get("UNPOISON_SHARED", ROOT.parent / "shared"))
+CACHE = Path(os.environ.get("UNPOISON_BENCH_CACHE", ROOT / ".cache" / "bench"))
+PLAIN = "none"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a table's cells have in common.
+
+    Attributes:
+        epochs: instead of the recipe's own number, None keeps that.
+    """
+
+    dataset: str
+    model: str
+    recipe: str
+    preprocessing: str
+    clean_fraction: float
+    device: str
+    epochs: int | None = None
+
+    def training(self) -> victim.Recipe:
+        """Return how victims are trained."""
+        recipe = victim.RECIPES[self.recipe]
+        return victim.shortened(recipe, self.epochs) if self.epochs else recipe
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: an attack, a defense, a seed."""
+
+    setting: Setting
+    row: str
+    attack: dict[str, Any] | None
+    column: str
+    defense: dict[str, Any] | None
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """Where the finished cell is kept."""
+        return CACHE / "cells" / f"{digest(asdict(self))}.json"
+
+
+def main() -> int:
+    """Run a table; return 0 when every cell has been measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=sorted(path.stem for path in (HERE / "tables").glob("*.toml")))
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds; each draws its own poison and trains its own victim")
+    parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
+    parser.add_argument("--budget", choices=["full", "cpu"], default="cpu", help="the paper's model and schedule, or what two cores finish")
+    parser.add_argument("--rows", default="", help="only the rows whose names contain this")
+    parser.add_argument("--epochs", type=int, help="another number of training epochs; goes into the result")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; each gets its share of the cores")
+    parser.add_argument("--draw", action="store_true", help="only write the results of the cells measured so far")
+    options = parser.parse_args()
+    table = tomllib.loads((HERE / "tables" / f"{options.table}.toml").read_text())
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    setting = Setting(
+        dataset=table["dataset"], preprocessing=table["preprocessing"], clean_fraction=table.get("clean_fraction", 0.05), device=device,
+        epochs=options.epochs, **table[options.budget],
+    )  # fmt: skip
+    cells = list(planned(table, setting, options.seeds, options.rows))
+    if not options.draw:
+        measure(cells, options.jobs)
+    missing = write(options.table, options.budget, table, setting, cells)
+    print(f"{len(cells) - missing} of {len(cells)} cells measured; results/{options.table}.md")
+    return 1 if missing else 0
+
+
+def planned(table: dict[str, Any], setting: Setting, seeds: int, only: str) -> Iterator[Cell]:
+    """Yield the cells of a table; attacks that need a surrogate come last, when it has been trained."""
+    columns = [{"name": PLAIN}, *table.get("columns", [])]
+    rows = [row for row in table["rows"] if only.lower() in row["name"].lower()]
+
+    def needs_surrogate(row: dict[str, Any]) -> bool:
+        return "attack" in row and Need.MODEL in catalog.attacks()[row["attack"]["method"]].needs
+
+    for seed in range(seeds):
+        for row in sorted(rows, key=needs_surrogate):
+            for column in columns:
+                yield Cell(setting, row["name"], row.get("attack"), column["name"], column.get("defense"), seed)
+
+
+def measure(cells: list[Cell], jobs: int) -> None:
+    """Measure what has not been measured, in `jobs` processes."""
+    waiting = [cell for cell in cells if not cell.path.exists()]
+    if jobs == 1:
+        for cell in waiting:
+            one(cell, 0)
+        return
+    threads = max((os.cpu_count() or 1) // jobs, 1)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(one, cell, threads) for cell in waiting]):
+            done.result()
+
+
+def one(cell: Cell, threads: int) -> None:
+    """Measure a cell and keep what came of it."""
+    if threads:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    started = time.monotonic()
+    train, test = data(cell.setting.dataset)
+    model, made = trained(cell.setting, cell.attack, cell.seed)
+    triggered = poisoning.triggered(test, made.trigger, train.classes) if made else None
+    found: dict[str, Any] = {"before": evaluation.evaluate(model, test, triggered), "after": None, "counts": None}
+    if made is not None:
+        found["counts"] = poisoning.poison(train, made).counts()
+    if cell.defense is not None:
+        found |= defended(cell, model, train, test, triggered)
+    found["victim_seconds"] = json.loads((victim_folder(cell.setting, cell.attack, cell.seed) / "victim.json").read_text())["seconds"]
+    found["seconds"] = round(time.monotonic() - started, 1)
+    found["machine"] = machine()
+    keep(cell.path, {"cell": asdict(cell), **found})
+    shown = found["after"] or found["before"]
+    asr = f", ASR {shown['asr']['value']:.2%}" if "asr" in shown else ""
+    print(f"{cell.row} · {cell.column} · seed {cell.seed}: BA {shown['ba']['value']:.2%}{asr}, {found['seconds']:.0f} s", flush=True)
+
+
+def defended(cell: Cell, model: Classifier, train: ImageSet, test: ImageSet, triggered: Triggered | None) -> dict[str, Any]:
+    """Run the cell's defense on its victim and measure again; the last state counts, whatever it is."""
+    assert cell.defense is not None
+    method = catalog.defenses()[cell.defense["method"]]
+    params = catalog.validate({method.name: method}, cell.defense)
+    run = Run(seed=cell.seed, device=cell.setting.device)
+    clean = train.sample(int(cell.setting.clean_fraction * len(train)), run.generator("clean images")).to(run.device)
+    started = time.monotonic()
+    outcome = method.run(run, Inputs(model=model.to(run.device), clean=clean), params)
+    seconds = round(time.monotonic() - started, 1)
+    after = evaluation.evaluate(outcome.model, test, triggered) if outcome.model is not None else None
+    return {"after": after, "findings": outcome.findings, "defense_seconds": seconds}
+
+
+def trained(setting: Setting, attack: dict[str, Any] | None, seed: int) -> tuple[Classifier, Recipe | None]:
+    """Return the victim and the recipe of its poison (None: trained on clean images), from the cache if they are there."""
+    folder = victim_folder(setting, attack, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / "lock"):
+        if not (folder / "victim.json").exists():
+            train_victim(setting, attack, seed, folder)
+    preprocessing = next(one for one in weights.PREPROCESSINGS if one.name == setting.preprocessing)
+    model, _ = weights.identify(weights.read(folder / "model.safetensors"), None, architecture=setting.model, preprocessing=preprocessing)
+    return model, Recipe.load(folder / "recipe.safetensors") if attack is not None else None
+
+
+def train_victim(setting: Setting, attack: dict[str, Any] | None, seed: int, folder: Path) -> None:
+    """Poison, train, and write recipe and model into the folder; a stopped training goes on from its last checkpoint."""
+    train, _ = data(setting.dataset)
+    started = time.monotonic()
+    events = (folder / "events.jsonl").open("a")
+    run = Run(seed=seed, device=setting.device, folder=folder / "run", checkpoint_seconds=60, emit=lambda event: print(json.dumps(event), file=events, flush=True))
+    if attack is not None:
+        kind = catalog.attacks()[attack["method"]]
+        params = kind.params(**{"seed": seed, **attack})
+        assert isinstance(params, AttackParams)
+        surrogate = trained(setting, None, seed)[0] if Need.MODEL in kind.needs else None
+        recipe = poisoning.plan(run, params, train, surrogate)
+        recipe.save(folder / "recipe.safetensors")
+        train = poisoning.poison(train, recipe).data
+    preprocessing = next(one for one in weights.PREPROCESSINGS if one.name == setting.preprocessing)
+    model = victim.train(run, train, architecture=setting.model, preprocessing=preprocessing, recipe=setting.training())
+    weights.save(model, folder / "model.safetensors")
+    keep(folder / "victim.json", {"seconds": round(time.monotonic() - started, 1), "sha256": report.sha256(folder / "model.safetensors"), "machine": machine()})
+
+
+def victim_folder(setting: Setting, attack: dict[str, Any] | None, seed: int) -> Path:
+    """Return where a victim is kept: its name is a digest of all that decides it."""
+    described = {"dataset": setting.dataset, "model": setting.model, "preprocessing": setting.preprocessing, "training": asdict(setting.training())}
+    return CACHE / "victims" / digest({**described, "attack": attack, "seed": seed})
+
+
+def data(name: str) -> tuple[ImageSet, ImageSet]:
+    """Return training and test set of a data set, decoded once."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with lock(CACHE / f"{name}.lock"):
+        return datasets.load(name, SHARED / "data" / name, CACHE / "data", download=True)
+
+
+def write(name: str, budget: str, table: dict[str, Any], setting: Setting, cells: list[Cell]) -> int:
+    """Write results/NAME.json and NAME.md; return how many cells are missing."""
+    found = [json.loads(cell.path.read_text()) for cell in cells if cell.path.exists()]
+    out = HERE / "results" / (name if budget == "cpu" else f"{name}-{budget}")
+    described = {"title": table["title"], "budget": budget, "setting": asdict(setting), "training": asdict(setting.training())}
+    out.with_suffix(".json").write_text(json.dumps({**described, "cells": found}, indent=1) + "\n")
+    lines = [f"# {table['title']}", "", table["about"], ""]
+    lines += [f"Budget `{budget}`: {setting.model} on {setting.dataset}, {described['training']}, {int(100 * setting.clean_fraction)} % clean images for defenses.", ""]
+    lines += rendered(table, found)
+    lines += ["", f"Percent, mean ± standard deviation over n seeds. {machines(found)}", ""]
+    if name == "attacks" and found:
+        pictures.sheet([(cell["cell"]["row"], cell["cell"]["attack"]) for cell in found if cell["cell"]["seed"] == 0], setting, out.with_suffix(".png"))
+        lines += [f"Clean image, triggered image, and their difference times eight, around grey:\n\n![pictures]({out.name}.png)", ""]
+    out.with_suffix(".md").write_text("\n".join(lines))
+    return len(cells) - len(found)
+
+
+def rendered(table: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
+    """Return the Markdown rows: ours beside the paper's."""
+    lines = [
+        "| attack | after | setting of | BA | BA, target excluded | ASR | PA | poisoned | n | seconds | paper: BA | paper: ASR |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table["rows"]:
+        for column in [PLAIN, *(one["name"] for one in table.get("columns", []))]:
+            cells = [one for one in found if one["cell"]["row"] == row["name"] and one["cell"]["column"] == column]
+            if not cells:
+                continue
+            shown = [one["after"] or one["before"] for one in cells]
+            paper = row.get("paper", {}).get(column, {})
+            paper_ba = paper.get("ba", paper.get("ba_excluding_target"))
+            marked = f"{paper_ba}{' (target excluded)' if 'ba' not in paper else ''}" if paper_ba is not None else ""
+            counts = cells[0]["counts"]
+            seconds = statistics.mean(one["defense_seconds"] if "defense_seconds" in one else one["victim_seconds"] for one in cells)
+            lines.append(
+                f"| {row['name']} | {'' if column == PLAIN else column} | {row.get('from', '')} | {spread(shown, 'ba')} | {spread(shown, 'ba_excluding_target')} | "
+                f"{spread(shown, 'asr')} | {spread(shown, 'pa')} | {counts['n_poisoned'] if counts else ''} | {len(cells)} | {seconds:.0f} | "
+                f"{marked} | {paper.get('asr', '')} |"
+            )
+    return lines
+
+
+def spread(found: list[dict[str, Any]], name: str) -> str:
+    """Return mean ± standard deviation of a rate, in percent; empty where it does not exist."""
+    values = [100 * one[name]["value"] for one in found if name in one]
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def machines(found: list[dict[str, Any]]) -> str:
+    """Return on what the cells were measured, in words."""
+    seen = sorted({f"{one['machine']['processor']}, torch {one['machine']['torch']}, {one['machine']['threads']} threads a process, commit {one['machine']['commit']}" for one in found})
+    return "Measured on: " + "; ".join(seen) + "."
+
+
+def machine() -> dict[str, Any]:
+    """Return what the numbers were computed with."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        processor = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), processor)
+    if torch.cuda.is_available():
+        processor = torch.cuda.get_device_name()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    when = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {**report.versions(), "processor": processor, "cores": os.cpu_count(), "commit": commit or "unknown", "date": when}
+
+
+def digest(value: Any) -> str:
+    """Return a short name for a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def keep(path: Path, value: Any) -> None:
+    """Write JSON so that the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=1))
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold a file's lock: two processes must not train the same victim."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())
