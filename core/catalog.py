@@ -32,6 +32,7 @@ class Kind(StrEnum):
     PURIFY = "purify"
     CLEANSE = "cleanse"
     TRAIN = "train"
+    EVALUATE = "evaluate"
     ATTACK = "attack"
 
 
@@ -42,6 +43,7 @@ class Need(StrEnum):
     CLEAN_IMAGES = "clean_images"
     CLEAN_LABELS = "clean_labels"
     SUSPECT_DATASET = "suspect_dataset"
+    TEST_SET = "test_set"
 
 
 class Strict(BaseModel):

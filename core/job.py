@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from core import catalog, evaluation, report, weights
-from core.catalog import Inputs, Need, Outcome, Params
+from core import catalog, evaluation, poisoning, report, weights
+from core.catalog import Inputs, Need, Outcome
 from core.classifier import Classifier, Preprocessing
 from core.errors import BadDataset, BadJob
 from core.images import ImageSet
 from core.inversion import stamp
+from core.poisoning import AttackParams, Triggered
 from core.run import Run
 
 Number = Annotated[float, Field(strict=True)]
@@ -30,11 +31,18 @@ class PreprocessingSpec(BaseModel):
 
 
 class EvaluationSpec(BaseModel):
-    """What to measure with: a labelled clean test set and, if it is known, the attack."""
+    """What to measure with: a labelled clean test set and, if they are known, the attack or triggered images.
+
+    Attributes:
+        triggered: the folder of images with the trigger, labelled with their true classes.
+        target: where the triggered images are meant to go; None is all-to-all, class y to y + 1.
+    """
 
     model_config = ConfigDict(extra="forbid")
     test: str
     attack: dict[str, Any] | None = None
+    triggered: str | None = None
+    target: int | None = None
 
 
 class JobSpec(BaseModel):
@@ -43,13 +51,13 @@ class JobSpec(BaseModel):
     Attributes:
         defense: `{"method": …, …params}`.
         model: the safetensors file of the suspect model.
-        clean: the folder of the clean images.
+        clean: the folder of the clean images; None for a method that needs none.
     """
 
     model_config = ConfigDict(extra="forbid")
     defense: dict[str, Any]
     model: str
-    clean: str
+    clean: str | None = None
     evaluation: EvaluationSpec | None = None
     architecture: str | None = None
     preprocessing: PreprocessingSpec | None = None
@@ -69,40 +77,46 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
         raise BadJob(f"there is no method {spec.defense.get('method')!r}", f"Methods: {', '.join(catalog.defenses())}.")
     params = catalog.validate({method.name: method}, spec.defense)
     attack = catalog.validate(catalog.attacks(), spec.evaluation.attack) if spec.evaluation and spec.evaluation.attack else None
+    assert attack is None or isinstance(attack, AttackParams)
+    if spec.clean is None and Need.CLEAN_IMAGES in method.needs:
+        raise BadJob(f"{method.name} needs clean images", "Give a data set of them.")
+    if spec.evaluation is None and Need.TEST_SET in method.needs:
+        raise BadJob(f"{method.name} needs a labelled test set", "Give `evaluation` with one.")
 
     run.phase("loading")
-    clean = ImageSet.load(folder / spec.clean)
+    clean = ImageSet.load(folder / spec.clean) if spec.clean is not None else None
+    test = ImageSet.load(folder / spec.evaluation.test) if spec.evaluation is not None else None
     given = spec.preprocessing
     preprocessing = Preprocessing(tuple(given.mean), tuple(given.std)) if given else None
     tensors = weights.read(folder / spec.model)
-    model, recognition = weights.identify(tensors, clean, architecture=spec.architecture, preprocessing=preprocessing)
+    model, recognition = weights.identify(tensors, test if clean is None else clean, architecture=spec.architecture, preprocessing=preprocessing)
     run.log(f"recognised {recognition.architecture.name} with {recognition.preprocessing.name} preprocessing", **recognition.as_dict())
     if not recognition.decided:
         run.warn("the preprocessing is a close call; give `preprocessing` if you know it", scores=recognition.as_dict()["scores"][:3])
     model = model.to(run.device)
-    clean, test, measured_on = _datasets(run, spec, folder, clean, model, method.needs)
-    if attack is not None and attack.target >= model.classes:  # type: ignore[attr-defined]
-        raise BadJob(f"the attack's target is not one of the model's {model.classes} classes", "Classes count from 0.")
+    clean, test, measured_on = _datasets(run, clean, test, model)
+    triggered = _triggered(spec, folder, test, attack, model) if test is not None else None
     if getattr(params, "target", None) is not None and params.target >= model.classes:  # type: ignore[attr-defined]
         raise BadJob(f"target {params.target} is not one of the model's {model.classes} classes", "Classes count from 0.")  # type: ignore[attr-defined]
 
     run.phase("evaluating_before")
-    before = run.once("before", lambda: evaluation.evaluate(model, test, attack)) if test is not None else None
+    before = run.once("before", lambda: evaluation.evaluate(model, test, triggered)) if test is not None else None
     _announce(run, "before", before)
 
     run.phase("defending")
-    inputs = Inputs(model=model, clean=clean.to(run.device), watch=_watcher(run, test, attack))
+    inputs = Inputs(model=model, clean=clean.to(run.device) if clean is not None else None, watch=_watcher(run, test, triggered))
     outcome: Outcome = method.run(run, inputs, params)
 
     after = None
     if outcome.model is not None and test is not None:
         run.phase("evaluating_after")
         purified = outcome.model
-        after = run.once("after", lambda: evaluation.evaluate(purified, test, attack))
+        after = run.once("after", lambda: evaluation.evaluate(purified, test, triggered))
         _announce(run, "after", after)
 
     run.phase("reporting")
-    report.draw_triggers(run, outcome.triggers, clean.to(run.device))
+    if inputs.clean is not None:
+        report.draw_triggers(run, outcome.triggers, inputs.clean)
     summary: dict[str, Any] = {
         "kind": method.kind.value,
         "method": method.name,
@@ -117,7 +131,7 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
         "der": evaluation.defense_effectiveness(before, after) if before and after else None,
         "estimated": _estimate(model, outcome, inputs),
         "findings": outcome.findings,
-        "inputs": {"model_sha256": report.sha256(folder / spec.model), "clean_images": len(clean)},
+        "inputs": {"model_sha256": report.sha256(folder / spec.model), "clean_images": len(clean) if clean is not None else 0},
         "versions": report.versions(),
         "device": str(run.device),
     }
@@ -130,30 +144,44 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _datasets(
-    run: Run, spec: JobSpec, folder: Path, clean: ImageSet, model: Classifier, needs: tuple[Need, ...]
-) -> tuple[ImageSet, ImageSet | None, str | None]:
+def _datasets(run: Run, clean: ImageSet | None, test: ImageSet | None, model: Classifier) -> tuple[ImageSet | None, ImageSet | None, str | None]:
     """Return the clean images, the labelled test images (if any) and what the test images are."""
-    if not len(clean):
-        raise BadDataset("the clean data set is empty", "Upload at least a few images of every class.")
-    _check_classes(clean, model, "clean")
-    if spec.evaluation is not None:
-        test = ImageSet.load(folder / spec.evaluation.test)
+    if clean is not None:
+        if not len(clean):
+            raise BadDataset("the clean data set is empty", "Upload at least a few images of every class.")
+        _check_classes(clean, model, "clean")
+    if test is not None:
         if test.labels is None:
             raise BadDataset("the test set has no labels", "Upload it as a folder a class, or with a `labels` array.")
         _check_classes(test, model, "test")
-        if test.images.shape[1:] != clean.images.shape[1:]:
+        if clean is not None and test.images.shape[1:] != clean.images.shape[1:]:
             raise BadDataset(
                 f"test images are {tuple(test.images.shape[1:])}, clean images {tuple(clean.images.shape[1:])} (C, H, W)",
                 "Use images of one size and one number of channels.",
             )
         return clean, test, "test set"
-    if clean.labels is None or len(clean) < 10 * model.classes:
+    if clean is None or clean.labels is None or len(clean) < 10 * model.classes:
         return clean, None, None
     # Without a test set a tenth of the clean images is kept from the method and measured on.
     order = torch.randperm(len(clean), generator=run.generator("hold out"))
     cut = len(clean) // 10
     return clean.subset(order[cut:]), clean.subset(order[:cut]), "a tenth of the clean images, kept aside"
+
+
+def _triggered(spec: JobSpec, folder: Path, test: ImageSet, attack: AttackParams | None, model: Classifier) -> Triggered | None:
+    """Return the triggered images: the user's own, or the test images with the declared trigger on them."""
+    if spec.evaluation is None or (attack is None and spec.evaluation.triggered is None):
+        return None
+    if attack is not None:
+        channels, height, width = test.images.shape[1:]
+        return poisoning.triggered(test, poisoning.declared(attack, (channels, height, width), model.classes), model.classes)
+    data, target = ImageSet.load(folder / str(spec.evaluation.triggered)), spec.evaluation.target
+    if data.labels is None:
+        raise BadDataset("the triggered images have no labels", "Label them with their true classes: images of the target class do not count for ASR.")
+    _check_classes(data, model, "triggered")
+    if target is not None and target >= model.classes:
+        raise BadJob(f"the attack's target {target} is not one of the model's {model.classes} classes", "Classes count from 0.")
+    return poisoning.given(data, target, model.classes)
 
 
 def _check_classes(data: ImageSet, model: Classifier, role: str) -> None:
@@ -170,14 +198,15 @@ def _announce(run: Run, when: str, measured: dict[str, Any] | None) -> None:
             run.metric(name, measured[name]["value"], when=when, **{k: measured[name][k] for k in ("hits", "n", "low", "high")})
 
 
-def _watcher(run: Run, test: ImageSet | None, attack: Params | None) -> Any:
-    """Return a function that reports BA and ASR on a fixed sample of 500 test images while a method works."""
+def _watcher(run: Run, test: ImageSet | None, triggered: Triggered | None) -> Any:
+    """Return a function that reports BA and ASR on fixed samples of 500 test images while a method works."""
     if test is None:
         return lambda model: None
     sample = test.sample(500, run.generator("watch")).to(run.device)
+    stamped = triggered.sample(500, run.generator("watch triggered")) if triggered is not None else None
 
     def watch(model: Classifier) -> None:
-        measured = evaluation.evaluate(model, sample, attack, mixed=True)
+        measured = evaluation.evaluate(model, sample, stamped, mixed=True)
         for name in ("ba", "asr"):
             if name in measured:
                 run.metric(name, measured[name]["value"], when="during", n=measured[name]["n"])

@@ -145,6 +145,11 @@ class Triggered:
     wanted: torch.Tensor
     target: int | None
 
+    def sample(self, count: int, generator: torch.Generator) -> Triggered:
+        """Return `count` of them, drawn without replacement (all if there are fewer)."""
+        chosen = torch.randperm(len(self.images), generator=generator)[:count]
+        return Triggered(self.images[chosen], self.labels[chosen], self.wanted[chosen], self.target)
+
 
 @dataclass(frozen=True)
 class Poisoned:
@@ -300,6 +305,16 @@ def triggered(test: ImageSet, trigger: Trigger, classes: int) -> Triggered:
     counted = torch.arange(len(test)) if everywhere else (test.labels != trigger.params.target).nonzero()[:, 0]
     labels = test.labels[counted]
     return Triggered(trigger.stamp(test.images[counted]), labels, trigger.wanted(labels, classes), None if everywhere else trigger.params.target)
+
+
+def given(data: ImageSet, target: int | None, classes: int) -> Triggered:
+    """Return triggered images that somebody else made, labelled with their true classes; those of the target class do not count."""
+    assert data.labels is not None
+    if target is None:
+        return Triggered(data.images, data.labels, (data.labels + 1) % classes, None)
+    counted = data.subset((data.labels != target).nonzero()[:, 0])
+    assert counted.labels is not None
+    return Triggered(counted.images, counted.labels, torch.full_like(counted.labels, target), target)
 
 
 def select(labels: torch.Tensor, params: AttackParams) -> torch.Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
+
+Layers = Iterable[nn.Module]
 
 
 class Network(nn.Module):
@@ -34,3 +38,48 @@ class Network(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return logits (N, classes)."""
         return self.head(self.features(images))
+
+
+class Convolutional(Network):
+    """A network whose `features` are layers in a row, as torchvision builds them; its children keep their names.
+
+    Args:
+        whole: what torchvision's builder returned.
+        head_name: where its last linear layer is.
+    """
+
+    def __init__(self, whole: nn.Module, head_name: str) -> None:
+        super().__init__()
+        self.head_name = head_name
+        for name, module in whole.named_children():
+            # `features` is the method here; the layers keep their key by being registered under it.
+            self._modules[name] = module
+
+    def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Return the last map of each resolution."""
+        return maps_by_size(self._modules["features"].children(), images)  # type: ignore[union-attr]
+
+    def pool(self, last: torch.Tensor) -> torch.Tensor:
+        """Average pool, and whatever lies between it and the last linear layer."""
+        x = self.get_submodule("avgpool")(last) if "avgpool" in self._modules else last.mean((2, 3), keepdim=True)
+        classifier = self._modules["classifier"]
+        if isinstance(classifier, nn.Linear):
+            return x.flatten(1)
+        layers = list(classifier.children())[:-1]  # type: ignore[union-attr]
+        for layer in layers:
+            # ConvNeXt normalises before it flattens; the others' first layer is linear.
+            x = layer(x) if isinstance(layer, nn.Flatten | nn.LayerNorm) else layer(x.flatten(1))
+        return x.flatten(1)
+
+
+def maps_by_size(layers: Layers, images: torch.Tensor) -> list[torch.Tensor]:
+    """Run layers and return the last output of each spatial size, (N, channels, height, width) each."""
+    maps: list[torch.Tensor] = []
+    x = images
+    for layer in layers:
+        y = layer(x)
+        if maps and y.shape[2:] == maps[-1].shape[2:]:
+            maps.pop()
+        maps.append(y)
+        x = y
+    return maps
