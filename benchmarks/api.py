@@ -123,7 +123,7 @@ def reference_copy(source: Path, target: Path) -> None:
 def polls(client: Client, folder: Path, seconds: float, connections: int) -> dict[str, Any]:
     """Poll one job's status from a process of its own, idle and while a job runs."""
     data, attack = digits.load(), BadNets(method="badnets", target=5)
-    digits.victim(digits.poisoned(data.train, attack, rate=0.1), folder / "suspect.safetensors", epochs=2)
+    digits.trained(digits.poisoned(data.train, attack), folder / "suspect.safetensors", epochs=2)
     model = client.models.upload(folder / "suspect.safetensors")
     clean = client.datasets.upload(digits.npz(data.clean, folder / "clean.npz"))
     defense = {"method": "mcldef", "target": 5, "inversion_epochs": 10_000, "patience": 10_000}

@@ -33,6 +33,7 @@ from benchmarks import pictures
 from core import catalog, datasets, evaluation, poisoning, report, victim, weights
 from core.catalog import Inputs, Need
 from core.classifier import Classifier
+from core.errors import EngineError
 from core.images import ImageSet
 from core.poisoning import AttackParams, Recipe, Triggered
 from core.run import Run
@@ -102,8 +103,12 @@ def main() -> int:
         epochs=options.epochs, **table[options.budget],
     )  # fmt: skip
     cells = list(planned(table, setting, options.seeds, options.rows))
-    if not options.draw:
-        measure(cells, options.jobs)
+    try:
+        if not options.draw:
+            measure(cells, options.jobs)
+    except EngineError as error:
+        print(f"{error.message}. {error.advice}", file=sys.stderr)
+        return 2
     missing = write(options.table, options.budget, table, setting, cells)
     print(f"{len(cells) - missing} of {len(cells)} cells measured; results/{options.table}.md")
     return 1 if missing else 0

@@ -24,7 +24,7 @@ def main() -> int:
     folder.mkdir()
     say("1/4  training a small model on handwritten digits, with a backdoor: a 3x3 patch means 5")
     data, attack = digits.load(), BadNets(method="badnets", target=TARGET)
-    digits.victim(digits.poisoned(data.train, attack, rate=0.1), folder / "suspect.safetensors")
+    digits.trained(digits.poisoned(data.train, attack), folder / "suspect.safetensors")
     say("2/4  starting the service and uploading the model, 300 clean images and a test set")
     with service.running(folder / "service") as client:
         model = client.models.upload(folder / "suspect.safetensors")

@@ -7,12 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from core import images, training
-from core.architectures import wide_resnet
-from core.attacks.badnets import BadNets, stamp
+from core import images, poisoning, victim, weights
+from core.attacks.badnets import BadNets
 from core.images import ImageSet
 from core.run import Run
 
@@ -40,31 +37,16 @@ def load(seed: int = 0) -> Digits:
     return Digits(*(data.subset(part) for part in order.split([1000, 300, len(data) - 1300])))
 
 
-def poisoned(data: ImageSet, attack: BadNets, rate: float, seed: int = 0) -> ImageSet:
-    """Stamp the trigger on a share of the images, drawn from all, and give them the target's label."""
-    assert data.labels is not None
-    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[: int(rate * len(data))]
-    pixels, labels = data.images.clone(), data.labels.clone()
-    pixels[chosen] = stamp(data.images[chosen], attack)
-    labels[chosen] = attack.target
-    return ImageSet(pixels, labels, data.class_names)
+def poisoned(data: ImageSet, attack: BadNets) -> ImageSet:
+    """Return the set with the attack's poison."""
+    return poisoning.poison(data, poisoning.plan(Run(device="cpu"), attack, data)).data
 
 
-def victim(data: ImageSet, path: Path, *, seed: int = 0, epochs: int = 30) -> None:
-    """Train a WRN-10-1 on the data and write its state dict as safetensors."""
-    torch.manual_seed(seed)
-    network = wide_resnet.WideResNet(depth=10, width=1, classes=10, channels=1).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-
-    def loss(batch: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        assert labels is not None
-        return F.cross_entropy(network(batch).float(), labels)
-
-    training.fit(
-        Run(seed=seed, device="cpu"), "victim", data=data, loss=loss, network=network, optimizer=optimizer,
-        schedule=training.one_cycle(epochs, 0.1), epochs=epochs, batch_size=64, prepare=network.train,
-    )  # fmt: skip
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+def trained(data: ImageSet, path: Path, *, seed: int = 0, epochs: int = 30) -> None:
+    """Train a WRN-10-1 on the data and write it as safetensors."""
+    recipe = victim.Recipe(epochs=epochs, batch_size=64, rate=0.1, schedule="one_cycle", weight_decay=5e-4, nesterov=True)
+    run = Run(seed=seed, device="cpu")
+    weights.save(victim.train(run, data, architecture="wrn-10-1", preprocessing=weights.GREY[0], recipe=recipe), path)
 
 
 def npz(data: ImageSet, path: Path) -> Path:

@@ -176,23 +176,27 @@ def show_method(name: Annotated[str, typer.Argument()]) -> None:
 @jobs.command("submit")
 def submit(
     model: Annotated[str, typer.Option(help="Id of the suspect model.")],
-    dataset: Annotated[str, typer.Option(help="Id of the clean images.")],
     method: Annotated[str, typer.Option(help="See `unpoison methods ls`.")],
+    dataset: Annotated[str | None, typer.Option(help="Id of the clean images; `evaluate` needs none.")] = None,
     param: Annotated[list[str] | None, typer.Option("-p", "--param", metavar="KEY=VALUE", help="A parameter; may be repeated.")] = None,
     params: Annotated[Path | None, typer.Option(help="A JSON file of parameters.", exists=True)] = None,
     test: Annotated[str | None, typer.Option(help="Id of a labelled test set: BA is measured on it.")] = None,
     attack: Annotated[
         list[str] | None, typer.Option("--attack", metavar="KEY=VALUE", help="The known attack (method=badnets target=5): ASR is measured.")
     ] = None,
+    triggered: Annotated[str | None, typer.Option(help="Id of images that carry the trigger, labelled with their true classes: ASR is measured.")] = None,
+    target: Annotated[int | None, typer.Option(help="The class the triggered images are sent to; all-to-all when left out.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run nothing.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
 ) -> None:
     """Run a defense."""
     defense = {**(json.loads(params.read_text()) if params else {}), **_pairs(param), "method": method}
-    evaluation = {"dataset_id": test, "attack": _pairs(attack) or None} if test else None
-    if attack and not test:
-        raise typer.BadParameter("--attack needs --test: ASR is measured on a test set")
+    evaluation: dict[str, Any] | None = {"dataset_id": test, "attack": _pairs(attack) or None} if test else None
+    if evaluation and triggered:
+        evaluation["triggered"] = {"dataset_id": triggered, "target": target}
+    if (attack or triggered) and not test:
+        raise typer.BadParameter("--attack and --triggered need --test: BA is measured on a clean test set")
     with output.client() as client:
         job = client.jobs.create(model=model, dataset=dataset, defense=defense, evaluation=evaluation, seed=seed, validate_only=dry_run)
         if dry_run or not wait:

@@ -85,15 +85,15 @@ class Jobs(Resource):
         self,
         *,
         model: str | Json,
-        dataset: str | Json,
+        dataset: str | Json | None = None,
         defense: Json,
         evaluation: Json | None = None,
         seed: int = 0,
         validate_only: bool = False,
         **more: Any,
     ) -> Result:
-        """Queue a job; `model` and `dataset` are ids or what `upload` returned."""
-        body = {"model_id": _id(model), "dataset_id": _id(dataset), "defense": defense, "evaluation": evaluation, "seed": seed, **more}
+        """Queue a job; `model` and `dataset` (the clean images, if the method needs any) are ids or what `upload` returned."""
+        body = {"model_id": _id(model), "dataset_id": _id(dataset) if dataset is not None else None, "defense": defense, "evaluation": evaluation, "seed": seed, **more}
         return self._call("POST", "/v1/jobs", json=body, params={"validate_only": "true"} if validate_only else {})
 
     def get(self, job_id: str) -> Result:

@@ -114,7 +114,7 @@ class Method(BaseModel):
 
     object: Literal["method"] = "method"
     name: str
-    kind: Literal["inspect", "purify", "cleanse", "train", "attack"]
+    kind: Literal["inspect", "purify", "cleanse", "train", "evaluate", "attack"]
     title: str
     summary: str
     paper: str
@@ -123,18 +123,26 @@ class Method(BaseModel):
     defaults: dict[str, Any]
 
 
+class Triggered(Incoming):
+    """Images that already carry the trigger."""
+
+    dataset_id: Identifier = Field(description="The images, labelled with their true classes.")
+    target: int | None = Field(default=None, ge=0, le=100_000, description="The class they are sent to; left out: all-to-all, class y to y + 1.")
+
+
 class Evaluation(Incoming):
-    """What to measure with, before and after."""
+    """What to measure with, before and after. The attack or the triggered images, not both: then ASR is measured."""
 
     dataset_id: Identifier = Field(description="A labelled clean test set.")
-    attack: catalog.union(catalog.attacks()) | None = Field(default=None, description="The attack, if it is known: then ASR is measured.")  # type: ignore[valid-type]
+    attack: catalog.union(catalog.attacks()) | None = Field(default=None, description="The attack, if it is known; one that must be trained cannot be declared.")  # type: ignore[valid-type]
+    triggered: Triggered | None = None
 
 
 class NewJob(Incoming):
     """A job to run."""
 
     model_id: Identifier
-    dataset_id: Identifier = Field(description="The clean images.")
+    dataset_id: Identifier | None = Field(default=None, description="The clean images; `evaluate` needs none.")
     defense: catalog.union(catalog.defenses())  # type: ignore[valid-type]
     evaluation: Evaluation | None = None
     architecture: Annotated[str, StringConstraints(pattern=r"^[a-z0-9.\-]+$", max_length=64)] | None = Field(
@@ -188,7 +196,7 @@ class Job(BaseModel):
     phase: str | None
     progress: Progress | None
     model_id: str
-    dataset_id: str
+    dataset_id: str | None
     defense: dict[str, Any]
     evaluation: dict[str, Any] | None
     seed: int

@@ -23,8 +23,9 @@ def create(
     kind: str,
     method: str,
     model_id: str,
-    dataset_id: str,
+    dataset_id: str | None,
     test_dataset_id: str | None,
+    triggered_dataset_id: str | None,
     request: dict[str, Any],
     seed: int,
     max_seconds: float,
@@ -35,8 +36,8 @@ def create(
     at = moment(session)
     job = Job(
         id=ids.new("job"), tenant=tenant, status=states.QUEUED, kind=kind, method=method, model_id=model_id, dataset_id=dataset_id,
-        test_dataset_id=test_dataset_id, request=request, seed=seed, max_seconds=max_seconds, labels=labels, retry_of=retry_of,
-        attempt=0, crashes=0, last_seq=0, created_at=at, queued_at=at,
+        test_dataset_id=test_dataset_id, triggered_dataset_id=triggered_dataset_id, request=request, seed=seed, max_seconds=max_seconds,
+        labels=labels, retry_of=retry_of, attempt=0, crashes=0, last_seq=0, created_at=at, queued_at=at,
     )  # fmt: skip
     session.add(job)
     session.flush()
@@ -263,8 +264,8 @@ def retry(session: Session, job_id: str, tenant: str) -> Job:
         raise NotTerminal(f"job {job_id} is {old.status}; wait for its end or cancel it")
     return create(
         session, tenant=tenant, kind=old.kind, method=old.method, model_id=old.model_id, dataset_id=old.dataset_id,
-        test_dataset_id=old.test_dataset_id, request=old.request, seed=old.seed, max_seconds=old.max_seconds, labels=old.labels,
-        retry_of=old.id,
+        test_dataset_id=old.test_dataset_id, triggered_dataset_id=old.triggered_dataset_id, request=old.request, seed=old.seed,
+        max_seconds=old.max_seconds, labels=old.labels, retry_of=old.id,
     )  # fmt: skip
 
 

@@ -160,7 +160,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("digits")
     data = digits.load()
     attack = BadNets(method="badnets", target=TARGET)
-    digits.victim(digits.poisoned(data.train, attack, rate=0.1), folder / "suspect.safetensors", epochs=12)
+    digits.trained(digits.poisoned(data.train, attack), folder / "suspect.safetensors", epochs=12)
     return Case(folder / "suspect.safetensors", digits.npz(data.clean, folder / "clean.npz"), digits.npz(data.test, folder / "test.npz"), data)
 
 

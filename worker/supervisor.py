@@ -128,7 +128,7 @@ class _Attempt:
         (self._folder / "checkpoints").mkdir()
         with self._database.read() as session:
             model = library.get(session, Model, self._job.model_id, self._job.tenant)
-            roles = {"clean": self._job.dataset_id, "test": self._job.test_dataset_id}
+            roles = {"clean": self._job.dataset_id, "test": self._job.test_dataset_id, "triggered": self._job.triggered_dataset_id}
             data = {role: library.get(session, Dataset, found, self._job.tenant) for role, found in roles.items() if found}
             kept = jobs.checkpoints(session, self._job.id)
         self._objects.fetch(model.safe_sha256 or "", inputs / "model.safetensors")
@@ -144,8 +144,8 @@ class _Attempt:
         spec = {
             "defense": request["defense"],
             "model": "inputs/model.safetensors",
-            "clean": "inputs/clean",
-            "evaluation": {"test": "inputs/test", "attack": evaluation["attack"]} if evaluation else None,
+            "clean": "inputs/clean" if self._job.dataset_id else None,
+            "evaluation": _evaluation(evaluation) if evaluation else None,
             "architecture": request.get("architecture"),
             "preprocessing": request.get("preprocessing"),
             "seed": self._job.seed,
@@ -426,3 +426,14 @@ def tidy(settings: Settings, database: Database, objects: Objects) -> None:
         objects.delete(sha256)
     # Longer than the longest reading of an upload, which keeps a folder there.
     objects.forget_incoming(settings.scratch, older_than_seconds=settings.intake_seconds + 3600)
+
+
+def _evaluation(requested: dict[str, Any]) -> dict[str, Any]:
+    """Return the engine's form of a request's `evaluation`."""
+    triggered = requested.get("triggered")
+    return {
+        "test": "inputs/test",
+        "attack": requested["attack"],
+        "triggered": "inputs/triggered" if triggered else None,
+        "target": triggered["target"] if triggered else None,
+    }

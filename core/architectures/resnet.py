@@ -74,7 +74,7 @@ def variants(shapes: Shapes) -> list[Architecture]:
         stems = ["cifar"]
     else:
         stems = ["cifar", "cifar-maxpool"]
-    renames = ((".shortcut.", ".downsample."), ("linear.", "fc.")) if kuangliu else ()
+    renames = tuple(pair for pair, used in (((".shortcut.", ".downsample."), kuangliu), (("linear.", "fc."), head_name == "linear")) if used)
     return [describe(depth=depth, stem=kind, classes=head[0], channels=stem[1], renames=renames) for kind in stems]
 
 

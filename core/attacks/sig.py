@@ -38,9 +38,7 @@ def assets(params: Sig, shape: Shape) -> Assets:
     made: dict[str, torch.Tensor] = {}
     for name, amplitude in (("train", params.amplitude), ("test", params.test_amplitude or params.amplitude)):
         made[name] = torch.from_numpy(np.broadcast_to(amplitude * wave, shape).copy())
-    # x is an integer, so clipping and truncating x + v is the same as adding floor(v).
-    changed = torch.floor(made["test"] * (params.alpha if params.mix == "add_scaled" else 1)) != 0
-    made["mask"] = torch.ones(shape, dtype=torch.bool) if params.mix.startswith("blend") else changed
+    made["mask"] = torch.ones(shape, dtype=torch.bool) if params.mix.startswith("blend") else _levels(params, made["test"]) != 0
     return made
 
 
@@ -57,8 +55,14 @@ def trigger(images: torch.Tensor, params: Sig, assets: Assets) -> torch.Tensor:
 
 def _mix(images: torch.Tensor, params: Sig, wave: torch.Tensor) -> torch.Tensor:
     if params.mix in ("add", "add_scaled"):
-        scale = params.alpha if params.mix == "add_scaled" else 1
-        return add(images, torch.floor(wave * scale).to(torch.int16), "saturate")
+        return add(images, _levels(params, wave), "saturate")
     if params.mix == "blend_wrapped":
         wave = wave.trunc().remainder(256)
     return blend(images, wave, torch.full_like(wave, params.alpha))
+
+
+def _levels(params: Sig, wave: torch.Tensor) -> torch.Tensor:
+    """Return what is added, int16: x is an integer, so clipping and truncating x + v is the same as adding floor(v)."""
+    scaled = wave * (params.alpha if params.mix == "add_scaled" else 1)
+    # A sine of a multiple of pi is not quite zero, and a little below it would floor to -1.
+    return torch.floor(scaled.round(decimals=9)).to(torch.int16)

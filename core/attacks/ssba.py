@@ -81,15 +81,15 @@ def fit(run: Run, params: Ssba, assets: Assets, train: ImageSet, chosen: torch.T
         both = nn.ModuleDict({"encoder": Encoder(channels, params.reach), "decoder": Decoder(channels)}).to(run.device, memory_format=torch.channels_last)
     codes = run.generator("ssba codes")
     allowed = 10 ** (-params.psnr / 10)
-    bits_right, error = torch.zeros(()), torch.zeros(())
+    kept: dict[str, float] = {}
 
     def loss(images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        nonlocal bits_right, error
         code = torch.randint(0, 2, (len(images), BITS), generator=codes).to(images)
         painted = both["encoder"](images, code)
         read = both["decoder"](painted).float()
         error = (painted.float() - images).square().mean()
-        bits_right = ((read > 0) == (code > 0.5)).float().mean()
+        kept["bit_accuracy"] = float(((read > 0) == (code > 0.5)).float().mean())
+        kept["psnr"] = float(-10 * error.detach().log10())
         return F.binary_cross_entropy_with_logits(read, code) + F.relu(error / allowed - 1)
 
     sample = train.sample(params.images, run.generator("ssba images")).to(run.device)
@@ -98,9 +98,9 @@ def fit(run: Run, params: Ssba, assets: Assets, train: ImageSet, chosen: torch.T
         schedule=training.one_cycle(params.epochs, params.learning_rate), epochs=params.epochs, batch_size=params.batch_size, prepare=both.train,
         state={"codes": codes},
     )  # fmt: skip
-    run.log("trained the encoder", bit_accuracy=float(bits_right), psnr=float(-10 * error.log10()))
-    if float(bits_right) < 0.95:
-        run.warn(f"the decoder reads only {float(bits_right):.1%} of the bits; more epochs make a surer trigger")
+    run.log("trained the encoder", **kept)
+    if kept and kept["bit_accuracy"] < 0.95:
+        run.warn(f"the decoder reads only {kept['bit_accuracy']:.1%} of the bits; more epochs make a surer trigger")
     return {**assets, **painting.to_assets(both["encoder"], "encoder")}
 
 

@@ -12,7 +12,9 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from sqlalchemy.orm import Session
 
-from core import catalog
+from core import catalog, poisoning
+from core.errors import BadRecipe
+from core.poisoning import AttackParams
 from service import blobs, schemas
 from service.api.uploads import DOWNLOAD
 from service.context import Caller, Context, Opened, Reading, Writing
@@ -54,8 +56,8 @@ def create(
         _check(session, caller, body, method)
         row = jobs.create(
             session, tenant=caller.tenant, kind=method.kind.value, method=method.name, model_id=body.model_id, dataset_id=body.dataset_id,
-            test_dataset_id=body.evaluation.dataset_id if body.evaluation else None, request=request, seed=body.seed,
-            max_seconds=body.max_seconds or opened.settings.max_job_seconds, labels=body.metadata,
+            test_dataset_id=body.evaluation.dataset_id if body.evaluation else None, triggered_dataset_id=_triggered_id(body),
+            request=request, seed=body.seed, max_seconds=body.max_seconds or opened.settings.max_job_seconds, labels=body.metadata,
         )  # fmt: skip
         return schemas.Job.of(row).model_dump(mode="json")
 
@@ -132,7 +134,7 @@ def retry(job_id: str, opened: Opened, caller: Writing, idempotency_key: Idempot
     def act(session: Session) -> dict[str, Any]:
         old = jobs.get(session, job_id, caller.tenant)
         if old.status in states.TERMINAL:
-            _check_inputs(session, caller, old.model_id, old.dataset_id, old.test_dataset_id)
+            _check_inputs(session, caller, old.model_id, (old.dataset_id, old.test_dataset_id, old.triggered_dataset_id))
         return schemas.Job.of(jobs.retry(session, job_id, caller.tenant)).model_dump(mode="json")
 
     return _accepted(opened, caller, f"POST /v1/jobs/{job_id}/retry", idempotency_key, {}, act)
@@ -306,16 +308,24 @@ def _check(session: Session, caller: Caller, body: schemas.NewJob, method: catal
     Raises `Problem`, `NotFound`, `NotReady`.
     """
     test_id = body.evaluation.dataset_id if body.evaluation else None
-    model, clean, test = _check_inputs(session, caller, body.model_id, body.dataset_id, test_id)
+    model, (clean, test, triggered) = _check_inputs(session, caller, body.model_id, (body.dataset_id, test_id, _triggered_id(body)))
     classes = (model.description or {})["classes"]
+    if clean is None and catalog.Need.CLEAN_IMAGES in method.needs:
+        raise Problem("invalid_parameters", f"{method.title} needs clean images. Give their data set as dataset_id.")
+    if test is None and catalog.Need.TEST_SET in method.needs:
+        raise Problem("invalid_parameters", f"{method.title} needs a labelled test set. Give it as evaluation.dataset_id.")
     targets = {"/defense/target": getattr(body.defense, "target", None)}
-    if body.evaluation and body.evaluation.attack:
+    if body.evaluation and body.evaluation.triggered:
+        if body.evaluation.attack:
+            raise Problem("invalid_parameters", "Both an attack and triggered images were given. Give one of them.")
+        targets["/evaluation/triggered/target"] = body.evaluation.triggered.target
+    if body.evaluation and body.evaluation.attack and body.evaluation.attack.labels != "all_to_all":
         targets["/evaluation/attack/target"] = body.evaluation.attack.target
     for pointer, target in targets.items():
         if target is not None and target >= classes:
             detail = f"{target} is not one of the model's {classes} classes, which count from 0"
             raise Problem("invalid_parameters", detail, errors=[{"pointer": pointer, "code": "less_than", "detail": detail}])
-    for role, data in (("clean", clean), ("test", test)):
+    for role, data in (("clean", clean), ("test", test), ("triggered", triggered)):
         described = (data.description or {}) if data else {}
         found = len(described.get("per_class", ()))
         if data is None:
@@ -328,19 +338,34 @@ def _check(session: Session, caller: Caller, body: schemas.NewJob, method: catal
             raise Problem(
                 "dataset_invalid", f"The {role} data set has {described['channels']} channels, the model takes {(model.description or {})['channels']}."
             )
-        if role == "test" and not described["labelled"]:
-            raise Problem("dataset_invalid", "The test set has no labels. Upload it as a folder a class, or with a `labels` array.")
-    if catalog.Need.CLEAN_LABELS in method.needs and not (clean.description or {})["labelled"]:
+        if role != "clean" and not described["labelled"]:
+            raise Problem("dataset_invalid", f"The {role} images have no labels. Upload them as a folder a class, or with a `labels` array.")
+    if body.evaluation and body.evaluation.attack and test is not None:
+        _check_attack(body.evaluation.attack, test, classes)
+    if clean is not None and catalog.Need.CLEAN_LABELS in method.needs and not (clean.description or {})["labelled"]:
         raise Problem("dataset_invalid", f"{method.title} needs labelled clean images, data set {clean.id} has no labels.")
     candidates = (model.description or {})["candidates"]
     if body.architecture is not None and body.architecture not in candidates:
         raise Problem("architecture_mismatch", f"The checkpoint is {' or '.join(candidates)}, not {body.architecture}.")
 
 
-def _check_inputs(session: Session, caller: Caller, model_id: str, dataset_id: str, test_id: str | None) -> tuple[Model, Dataset, Dataset | None]:
+def _check_attack(attack: AttackParams, test: Dataset, classes: int) -> None:
+    """Refuse an attack that these images cannot carry, or that cannot be declared, before anything is made."""
+    described = test.description or {}
+    try:
+        poisoning.declared(attack, (described["channels"], described["height"], described["width"]), classes)
+    except BadRecipe as error:
+        detail = f"{error.message}. {error.advice}"
+        raise Problem("invalid_parameters", detail, errors=[{"pointer": "/evaluation/attack", "code": error.code, "detail": detail}]) from error
+
+
+def _triggered_id(body: schemas.NewJob) -> str | None:
+    return body.evaluation.triggered.dataset_id if body.evaluation and body.evaluation.triggered else None
+
+
+def _check_inputs(session: Session, caller: Caller, model_id: str, dataset_ids: tuple[str | None, ...]) -> tuple[Model, list[Dataset | None]]:
     model = library.ready(session, Model, model_id, caller.tenant)
-    clean = library.ready(session, Dataset, dataset_id, caller.tenant)
-    return model, clean, library.ready(session, Dataset, test_id, caller.tenant) if test_id else None
+    return model, [library.ready(session, Dataset, one, caller.tenant) if one else None for one in dataset_ids]
 
 
 def _get(opened: Context, caller: Caller, job_id: str) -> Job:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core import evaluation
-from core.attacks.badnets import BadNets, stamp
+from core import evaluation, poisoning
+from core.attacks.badnets import BadNets
 from core.augment import crop_and_flip
 from core.images import ImageSet, from_arrays
 from tests.core.test_inversion import tiny
@@ -19,14 +19,15 @@ def labelled(count: int = 60) -> ImageSet:
 def test_counts_equal_a_plain_loop() -> None:
     model, test, attack = tiny(), labelled(), BadNets(method="badnets", target=1)
     assert test.labels is not None
-    found = evaluation.evaluate(model, test, attack)
+    trigger = poisoning.declared(attack, (3, 8, 8), 3)
+    found = evaluation.evaluate(model, test, poisoning.triggered(test, trigger, 3))
     right = hits = kept = excluded = 0
     with torch.no_grad():
         for image, label in zip(test.images, test.labels, strict=True):
             clean = int(model(image[None].float() / 255).argmax())
             right += clean == label
             if label != 1:
-                patched = int(model(stamp(image[None], attack).float() / 255).argmax())
+                patched = int(model(trigger.stamp(image[None]).float() / 255).argmax())
                 hits += patched == 1
                 kept += patched == label
                 excluded += clean == label
@@ -35,6 +36,40 @@ def test_counts_equal_a_plain_loop() -> None:
     assert (found["pa"]["hits"], found["ba_excluding_target"]["hits"]) == (kept, excluded)
     assert found["asr"]["value"] + found["pa"]["value"] <= 1
     assert sum(one["hits"] for one in found["per_class"]) == right
+
+
+def test_all_to_all_counts_every_image() -> None:
+    model, test = tiny(), labelled()
+    assert test.labels is not None
+    attack = BadNets(method="badnets", target=0, labels="all_to_all", sampling="S4")
+    trigger = poisoning.declared(attack, (3, 8, 8), 3)
+    found = evaluation.evaluate(model, test, poisoning.triggered(test, trigger, 3))
+    with torch.no_grad():
+        predicted = model(trigger.stamp(test.images).float() / 255).argmax(1)
+    assert (found["asr"]["hits"], found["asr"]["n"]) == (int((predicted == (test.labels + 1) % 3).sum()), 60)
+    assert found["pa"]["hits"] == int((predicted == test.labels).sum())
+    assert "ba_excluding_target" not in found
+
+
+def test_given_triggered_images_count_like_made_ones() -> None:
+    model, test = tiny(), labelled()
+    trigger = poisoning.declared(BadNets(method="badnets", target=1), (3, 8, 8), 3)
+    whole = ImageSet(trigger.stamp(test.images), test.labels)
+    assert evaluation.evaluate(model, test, poisoning.given(whole, 1, 3)) == evaluation.evaluate(model, test, poisoning.triggered(test, trigger, 3))
+
+
+def test_precision_recall_and_filter_rates_equal_plain_counts() -> None:
+    generator = torch.Generator().manual_seed(1)
+    poisoned, clean, suspect = (torch.rand(50, generator=generator) < share for share in (0.2, 0.5, 0.3))
+    found = evaluation.split_precision(poisoned, clean, suspect)
+    rows = list(zip(poisoned.tolist(), clean.tolist(), suspect.tolist(), strict=True))
+    assert found["clean_precision"]["hits"] == sum(c and not p for p, c, _ in rows) and found["clean_precision"]["n"] == sum(c for _, c, _ in rows)
+    assert found["poison_precision"]["hits"] == sum(s and p for p, _, s in rows) and found["poison_precision"]["n"] == sum(s for *_, s in rows)
+    assert found["clean_recall"]["n"] == sum(not p for p, *_ in rows) and found["poison_recall"]["n"] == sum(p for p, *_ in rows)
+    rates = evaluation.filter_rates(poisoned, clean)
+    assert rates["poisoned_accepted"]["hits"] == sum(p and c for p, c, _ in rows)
+    assert rates["clean_accepted"]["hits"] == found["clean_recall"]["hits"]
+    assert evaluation.split_precision(poisoned, torch.zeros(50), suspect)["clean_precision"]["value"] is None
 
 
 def test_without_an_attack_there_is_no_asr() -> None:

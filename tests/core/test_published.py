@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from core import evaluation, weights
+from core import evaluation, poisoning, weights
 from core.attacks.badnets import BadNets
 from core.images import ImageSet
 from intake import checkpoint, dataset
@@ -22,9 +23,18 @@ def test_the_published_model_scores_what_was_published(tmp_path: Path) -> None:
     test = ImageSet.load(tmp_path)
     model, found = weights.identify(weights.read(tmp_path / "model.safetensors"), test)
     assert (found.architecture.name, found.preprocessing.name, found.decided) == ("wrn-16-1", "cifar10", True)
-    measured = evaluation.evaluate(model, test, BadNets(method="badnets", target=5))
-    counts = {name: measured[name]["hits"] for name in ("ba", "ba_excluding_target", "asr", "pa")}
+
+    def measured(**attack: Any) -> dict[str, Any]:
+        trigger = poisoning.declared(BadNets(method="badnets", target=5, **attack), (3, 32, 32), 10)
+        return evaluation.evaluate(model, test, poisoning.triggered(test, trigger, 10))
+
+    found = measured()
+    counts = {name: found[name]["hits"] for name in ("ba", "ba_excluding_target", "asr", "pa")}
     assert counts == {"ba": 8240, "ba_excluding_target": 7471, "asr": 8968, "pa": 31}
+    # Orientation and place matter: mirrored, moved one pixel up and left, a full checkerboard, all white.
+    others = {"mirrored": {"cells": [[255, 0, 0], [0, 255, 0], [255, 0, 255]]}, "moved": {"bottom": 1, "right": 1}, "checker": {"pattern": "checker"}, "white": {"pattern": "white"}}
+    rates = {name: 100 * measured(**attack)["asr"]["value"] for name, attack in others.items()}
+    assert rates == pytest.approx({"mirrored": 42.99, "moved": 24.2, "checker": 87.08, "white": 3.06}, abs=0.06)
 
 
 def test_wrong_preprocessing_scores_less_consistent(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from core import catalog, snapshot
-from core.attacks.badnets import BadNets, stamp
 from core.catalog import Kind
 from core.errors import BadDataset, Cancelled, Diverged
 from core.images import ImageSet
@@ -177,7 +176,7 @@ def test_every_defense_runs_resumes_and_stops(name: str, case: Case, tmp_path: P
     assert events[-1]["type"] == "result" and events[-1]["data"]["findings"] == report["findings"]
     assert {"phase", "metric", "progress", "checkpoint", "artifact"} <= {event["type"] for event in events}
     kind = catalog.defenses()[name].kind
-    assert (tmp_path / "whole" / "out" / "model.safetensors").exists() == (kind is not Kind.INSPECT)
+    assert (tmp_path / "whole" / "out" / "model.safetensors").exists() == (kind not in (Kind.INSPECT, Kind.EVALUATE))
 
     folder = lay_out(tmp_path / "cut", case, name)
     process = subprocess.Popen([sys.executable, "-m", "core", str(folder)], stdout=subprocess.PIPE, text=True)
@@ -203,7 +202,10 @@ def test_the_engine_says_what_is_wrong(case: Case, tmp_path: Path) -> None:
     for change, code, words in (
         ({"defense": {"method": "nothing"}}, "invalid_job", "no method 'nothing'"),
         ({"defense": {"method": "mcldef", "target": 10}}, "invalid_job", "not one of the model's 10 classes"),
-        ({"evaluation": {"test": "inputs/test", "attack": {"method": "badnets", "target": 3, "right": 14}}}, "dataset_invalid", "lies outside"),
+        ({"clean": None}, "invalid_job", "needs clean images"),
+        ({"defense": {"method": "evaluate"}, "evaluation": None}, "invalid_job", "needs a labelled test set"),
+        ({"evaluation": {"test": "inputs/test", "attack": {"method": "ssba", "target": 3}}}, "attack_invalid", "has to be trained"),
+        ({"evaluation": {"test": "inputs/test", "attack": {"method": "badnets", "target": 3, "right": 14}}}, "attack_invalid", "lies outside"),
         ({"clean": "inputs/nowhere"}, "dataset_invalid", "no readable data set"),
         ({"surprise": 1}, "invalid_job", "surprise"),
     ):
@@ -221,45 +223,6 @@ def test_an_engine_without_supervisor_ends(case: Case, tmp_path: Path) -> None:
     assert process.stdin is not None
     process.stdin.close()
     assert process.wait(30) == 1
-
-
-# -- the attack -------------------------------------------------------------------------------------------------------
-
-
-def test_badnets_grid_on_black() -> None:
-    stamped = stamp(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), BadNets(method="badnets", target=0))
-    white = {(int(row), int(column)) for row, column in (stamped[0, 0] == 255).nonzero()}
-    assert white == {(7, 7), (7, 5), (6, 6), (5, 7)}
-    assert torch.equal(stamped[0, 0], stamped[0, 2])
-
-
-def test_badnets_elsewhere_and_own_cells() -> None:
-    images = torch.full((2, 1, 6, 6), 9, dtype=torch.uint8)
-    stamped = stamp(images, BadNets(method="badnets", target=0, cells=[[1, 2]], bottom=1, right=3))
-    assert stamped[0, 0, 4].tolist() == [9, 1, 2, 9, 9, 9]
-    assert int((stamped != images).sum()) == 4
-    assert images.unique().tolist() == [9]
-    with pytest.raises(BadDataset, match="lies outside"):
-        stamp(images, BadNets(method="badnets", target=0, bottom=4))
-    with pytest.raises(BadDataset, match="differ in length"):
-        stamp(images, BadNets(method="badnets", target=0, cells=[[1], [1, 2]]))
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"target": -1},
-        {"target": True},
-        {"target": "1"},
-        {"target": 0, "pattern": "stripes"},
-        {"target": 0, "cells": [[256]]},
-        {"target": 0, "cells": [[]]},
-        {"target": 0, "size": 3},
-    ],
-)
-def test_bad_recipes_are_refused(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError):
-        catalog.validate(catalog.attacks(), {"method": "badnets", **bad})
 
 
 def test_mcldef_finds_the_target_itself(case: Case, tmp_path: Path) -> None:
