@@ -20,6 +20,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterator
@@ -137,9 +138,20 @@ def measure(cells: list[Cell], jobs: int) -> None:
         return
     threads = max((os.cpu_count() or 1) // jobs, 1)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), end_with_parent, (os.getpid(),)) as pool:
         for done in concurrent.futures.as_completed([pool.submit(one, cell, threads) for cell in waiting]):
             done.result()
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process when the one that started it is gone, however that happened."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def one(cell: Cell, threads: int) -> None:
@@ -150,6 +162,7 @@ def one(cell: Cell, threads: int) -> None:
     started = time.monotonic()
     train, test = data(cell.setting.dataset)
     model, made = trained(cell.setting, cell.attack, cell.seed)
+    model = model.to(cell.setting.device)
     triggered = poisoning.triggered(test, made.trigger, train.classes) if made else None
     found: dict[str, Any] = {"before": evaluation.evaluate(model, test, triggered), "after": None, "counts": None}
     if made is not None:
@@ -173,7 +186,7 @@ def defended(cell: Cell, model: Classifier, train: ImageSet, test: ImageSet, tri
     run = Run(seed=cell.seed, device=cell.setting.device)
     clean = train.sample(int(cell.setting.clean_fraction * len(train)), run.generator("clean images")).to(run.device)
     started = time.monotonic()
-    outcome = method.run(run, Inputs(model=model.to(run.device), clean=clean), params)
+    outcome = method.run(run, Inputs(model=model, clean=clean), params)
     seconds = round(time.monotonic() - started, 1)
     after = evaluation.evaluate(outcome.model, test, triggered) if outcome.model is not None else None
     return {"after": after, "findings": outcome.findings, "defense_seconds": seconds}
@@ -196,7 +209,9 @@ def train_victim(setting: Setting, attack: dict[str, Any] | None, seed: int, fol
     train, _ = data(setting.dataset)
     started = time.monotonic()
     events = (folder / "events.jsonl").open("a")
-    run = Run(seed=seed, device=setting.device, folder=folder / "run", checkpoint_seconds=60, emit=lambda event: print(json.dumps(event), file=events, flush=True))
+    run = Run(
+        seed=seed, device=setting.device, folder=folder / "run", checkpoint_seconds=60, emit=lambda event: print(json.dumps(event), file=events, flush=True)
+    )
     if attack is not None:
         kind = catalog.attacks()[attack["method"]]
         params = kind.params(**{"seed": seed, **attack})
@@ -231,7 +246,10 @@ def write(name: str, budget: str, table: dict[str, Any], setting: Setting, cells
     described = {"title": table["title"], "budget": budget, "setting": asdict(setting), "training": asdict(setting.training())}
     out.with_suffix(".json").write_text(json.dumps({**described, "cells": found}, indent=1) + "\n")
     lines = [f"# {table['title']}", "", table["about"], ""]
-    lines += [f"Budget `{budget}`: {setting.model} on {setting.dataset}, {described['training']}, {int(100 * setting.clean_fraction)} % clean images for defenses.", ""]
+    lines += [
+        f"Budget `{budget}`: {setting.model} on {setting.dataset}, {described['training']}, {int(100 * setting.clean_fraction)} % clean images for defenses.",
+        "",
+    ]
     lines += rendered(table, found)
     lines += ["", f"Percent, mean ± standard deviation over n seeds. {machines(found)}", ""]
     if name == "attacks" and found:
@@ -276,7 +294,12 @@ def spread(found: list[dict[str, Any]], name: str) -> str:
 
 def machines(found: list[dict[str, Any]]) -> str:
     """Return on what the cells were measured, in words."""
-    seen = sorted({f"{one['machine']['processor']}, torch {one['machine']['torch']}, {one['machine']['threads']} threads a process, commit {one['machine']['commit']}" for one in found})
+    seen = sorted(
+        {
+            f"{one['machine']['processor']}, torch {one['machine']['torch']}, {one['machine']['threads']} threads a process, commit {one['machine']['commit']}"
+            for one in found
+        }
+    )
     return "Measured on: " + "; ".join(seen) + "."
 
 

@@ -42,4 +42,6 @@ def _difference(clean: torch.Tensor, triggered: torch.Tensor) -> torch.Tensor:
 
 def _enlarged(tile: torch.Tensor) -> Image.Image:
     pixels = tile.permute(1, 2, 0).numpy()
-    return Image.fromarray(np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels).resize((tile.shape[2] * SCALE, tile.shape[1] * SCALE), Image.Resampling.NEAREST)
+    return Image.fromarray(np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels).resize(
+        (tile.shape[2] * SCALE, tile.shape[1] * SCALE), Image.Resampling.NEAREST
+    )

@@ -93,7 +93,14 @@ class Jobs(Resource):
         **more: Any,
     ) -> Result:
         """Queue a job; `model` and `dataset` (the clean images, if the method needs any) are ids or what `upload` returned."""
-        body = {"model_id": _id(model), "dataset_id": _id(dataset) if dataset is not None else None, "defense": defense, "evaluation": evaluation, "seed": seed, **more}
+        body = {
+            "model_id": _id(model),
+            "dataset_id": _id(dataset) if dataset is not None else None,
+            "defense": defense,
+            "evaluation": evaluation,
+            "seed": seed,
+            **more,
+        }
         return self._call("POST", "/v1/jobs", json=body, params={"validate_only": "true"} if validate_only else {})
 
     def get(self, job_id: str) -> Result:

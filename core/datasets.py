@@ -60,10 +60,13 @@ def _zips(source: Path) -> tuple[ImageSet, ImageSet]:
 
 
 def _zip(paths: list[Path]) -> ImageSet:
-    members = []
+    members: list[tuple[str, str, zipfile.ZipFile, str]] = []
     for path in paths:
         archive = zipfile.ZipFile(path)
-        members += [(*name.split("/")[-2:], archive, name) for name in archive.namelist() if name.endswith(".webp")]
+        for name in archive.namelist():
+            if name.endswith(".webp"):
+                folder, file = name.split("/")[-2:]
+                members.append((folder, file, archive, name))
     members.sort(key=lambda member: member[:2])
     classes = sorted({member[0] for member in members})
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB")) for _, _, archive, name in members])

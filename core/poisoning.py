@@ -95,7 +95,7 @@ class Trigger:
     @property
     def attack(self) -> catalog.Attack:
         """The attack's entry in the catalogue."""
-        return catalog.attacks()[self.params.method]  # type: ignore[attr-defined, no-any-return]
+        return catalog.attacks()[self.params.method]  # type: ignore[attr-defined]
 
     def stamp(self, images: torch.Tensor) -> torch.Tensor:
         """Put the test-time trigger on uint8 images (N, C, H, W); they are not changed.
@@ -328,7 +328,9 @@ def select(labels: torch.Tensor, params: AttackParams) -> torch.Tensor:
     clean = params.labels in ("clean", "none")
     rule = params.sampling
     if clean and rule in ("S2", "S4", "S7"):
-        raise BadRecipe(f"{rule} draws images of other classes, but with labels={params.labels} only the target class may carry the trigger", "Use S3, S5 or S8.")
+        raise BadRecipe(
+            f"{rule} draws images of other classes, but with labels={params.labels} only the target class may carry the trigger", "Use S3, S5 or S8."
+        )
     if clean and rule == "S1":
         raise BadRecipe(f"S1 draws from all classes, but with labels={params.labels} only the target class may carry the trigger", "Use S3, S5 or S8.")
     if not clean and rule in ("S3", "S5"):
@@ -346,13 +348,17 @@ def select(labels: torch.Tensor, params: AttackParams) -> torch.Tensor:
         wanted = min(wanted, len(eligible)) if clean else wanted
         chosen = eligible[:wanted]
     else:
-        pool = {"S1": everyone, "S2": others, "S3": own, "S4": everyone, "S7": others}.get(rule, own if clean else everyone if params.include_target else others)
+        pool = {"S1": everyone, "S2": others, "S3": own, "S4": everyone, "S7": others}.get(
+            rule, own if clean else everyone if params.include_target else others
+        )
         wanted = params.count if rule == "S7" else int(params.rate * (total if rule == "S8" else len(pool)))
         chosen = _draw(pool, wanted, params.seed, "chosen")
     if wanted == 0 or len(chosen) < wanted:
         where = f"class {params.target}" if clean else "the classes it draws from"
         raise BadRecipe(
-            f"the attack would poison {wanted} images, but {rule} finds {len(chosen)} in {where}" if wanted else f"{rule} at rate {params.rate} poisons no image at all",
+            f"the attack would poison {wanted} images, but {rule} finds {len(chosen)} in {where}"
+            if wanted
+            else f"{rule} at rate {params.rate} poisons no image at all",
             "Use another rate or rule, or a larger training set.",
         )
     return chosen.sort().values

@@ -87,9 +87,7 @@ def fixed_point(grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def identity_grid(height: int, width: int) -> torch.Tensor:
     """Return the sampling grid (H, W, 2), float64, that reproduces an image."""
-    rows, columns = torch.meshgrid(
-        torch.linspace(-1, 1, height, dtype=torch.float64), torch.linspace(-1, 1, width, dtype=torch.float64), indexing="ij"
-    )
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, height, dtype=torch.float64), torch.linspace(-1, 1, width, dtype=torch.float64), indexing="ij")
     return torch.stack((columns, rows), dim=-1)
 
 

@@ -134,7 +134,7 @@ class Evaluation(Incoming):
     """What to measure with, before and after. The attack or the triggered images, not both: then ASR is measured."""
 
     dataset_id: Identifier = Field(description="A labelled clean test set.")
-    attack: catalog.union(catalog.attacks()) | None = Field(default=None, description="The attack, if it is known; one that must be trained cannot be declared.")  # type: ignore[valid-type]
+    attack: catalog.union(catalog.attacks()) | None = Field(default=None, description="The attack, if it is known and need not be trained.")  # type: ignore[valid-type]
     triggered: Triggered | None = None
 
 

@@ -25,11 +25,11 @@ def create(
     model_id: str,
     dataset_id: str | None,
     test_dataset_id: str | None,
-    triggered_dataset_id: str | None,
     request: dict[str, Any],
     seed: int,
     max_seconds: float,
     labels: dict[str, str],
+    triggered_dataset_id: str | None = None,
     retry_of: str | None = None,
 ) -> Job:
     """Insert a queued job and its first event."""

@@ -114,9 +114,7 @@ def variants(shapes: Shapes) -> list[Architecture]:
         lengths = tuple(count_blocks(shapes, f"dense{index}.") for index in (1, 2, 3, 4))
         stem, head, form = shapes["conv1.weight"], shapes["linear.weight"], "cifar"
     elif "features.conv0.weight" in shapes and "classifier.weight" in shapes and len(shapes["features.conv0.weight"]) == 4:
-        lengths = tuple(
-            len({name.split(".")[2] for name in shapes if name.startswith(f"features.denseblock{index}.denselayer")}) for index in (1, 2, 3, 4)
-        )
+        lengths = tuple(len({name.split(".")[2] for name in shapes if name.startswith(f"features.denseblock{index}.denselayer")}) for index in (1, 2, 3, 4))
         stem, head = shapes["features.conv0.weight"], shapes["classifier.weight"]
         form = "cifar-maxpool" if stem[2] == 3 else "imagenet"
     else:

@@ -92,7 +92,7 @@ def named(name: str, *, classes: int, channels: int = 3) -> Architecture:
     """Return an architecture by its name; raises `ArchitectureUnknown` with the names there are."""
     for family in _families():
         if name in family.NAMES:
-            return family.describe(**family.NAMES[name], classes=classes, channels=channels)  # type: ignore[no-any-return]
+            return family.describe(**family.NAMES[name], classes=classes, channels=channels)
     raise ArchitectureUnknown(f"there is no architecture {name!r}", f"Names: {', '.join(names())}.")
 
 

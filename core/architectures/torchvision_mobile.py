@@ -40,9 +40,9 @@ def variants(shapes: Shapes) -> list[Architecture]:
             continue
         known = _shapes(str(options["model"]), bool(options["fine"]))
         # Names must all agree; the head's and the stem's sizes are the checkpoint's own.
-        if set(known) == set(shapes) and all(known[name][0] == shapes[name][0] for name in known if name.startswith("features.") and shapes[name]):
-            if known["features.0.0.weight"][2:] == stem[2:]:
-                found.append(describe(**options, classes=last[0], channels=stem[1]))  # type: ignore[arg-type]
+        same = set(known) == set(shapes) and all(known[name][0] == shapes[name][0] for name in known if name.startswith("features.") and shapes[name])
+        if same and known["features.0.0.weight"][2:] == stem[2:]:
+            found.append(describe(**options, classes=last[0], channels=stem[1]))  # type: ignore[arg-type]
     return found
 
 

@@ -66,5 +66,5 @@ def build(options: dict[str, Any]) -> Convolutional:
     for module in whole.features:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
     return Convolutional(whole, "classifier" if options["form"] == "cifar" else "classifier.6")

@@ -31,7 +31,9 @@ class InputAware(AttackParams):
         default=1, ge=0, le=9, title="Cross ratio", description="Images with another image's trigger and their own label, for each poisoned one."
     )
     density: float = Field(default=0.032, gt=0, le=1, title="Mask density", description="The share of pixels the mask may cover for free.")
-    diversity: float = Field(default=1, ge=0, le=100, title="Diversity", description="Weight of the diversity loss, which keeps triggers of different images apart.")
+    diversity: float = Field(
+        default=1, ge=0, le=100, title="Diversity", description="Weight of the diversity loss, which keeps triggers of different images apart."
+    )
     images: int = Field(default=10_000, ge=2, title="Images", description="How many training images the generators learn from.")
     mask_epochs: int = Field(default=3, ge=1, le=1000, title="Mask epochs", description="25 in the paper.")
     epochs: int = Field(default=5, ge=1, le=1000, title="Epochs", description="Of generator and surrogate together; 100 in the paper.")
@@ -63,8 +65,8 @@ def fit(run: Run, params: InputAware, assets: Assets, train: ImageSet, chosen: t
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.seed)
         channels = train.images.shape[1]
-        masks = painting.UNet(channels, 1).to(run.device, memory_format=torch.channels_last)
-        patterns = painting.UNet(channels, channels).to(run.device, memory_format=torch.channels_last)
+        masks = painting.UNet(channels, 1).to(run.device)
+        patterns = painting.UNet(channels, channels).to(run.device)
     sample = train.sample(params.images, run.generator("input-aware images")).to(run.device)
 
     def mask_loss(images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
@@ -116,7 +118,12 @@ def disturb(images: torch.Tensor, params: InputAware, assets: Assets, which: tor
 
 
 @attack(
-    title="Input-aware dynamic", paper="Nguyen & Tran, Input-Aware Dynamic Backdoor Attack, NeurIPS 2020", assets=assets, fit=fit, disturb=disturb, needs=(Need.MODEL,)
+    title="Input-aware dynamic",
+    paper="Nguyen & Tran, Input-Aware Dynamic Backdoor Attack, NeurIPS 2020",
+    assets=assets,
+    fit=fit,
+    disturb=disturb,
+    needs=(Need.MODEL,),
 )
 def trigger(images: torch.Tensor, params: InputAware, assets: Assets) -> torch.Tensor:
     """Put each image's own trigger on."""

@@ -35,7 +35,9 @@ def assets(params: L0Invisible, shape: Shape) -> Assets:
     return {"mask": mask, "pattern": pattern}
 
 
-@attack(title="l0-invisible", paper="Li et al., Invisible Backdoor Attacks on Deep Neural Networks via Steganography and Regularization, TDSC 2020", assets=assets)
+@attack(
+    title="l0-invisible", paper="Li et al., Invisible Backdoor Attacks on Deep Neural Networks via Steganography and Regularization, TDSC 2020", assets=assets
+)
 def trigger(images: torch.Tensor, params: L0Invisible, assets: Assets) -> torch.Tensor:
     """Replace the pixels."""
     return replace(images, assets["mask"], assets["pattern"])

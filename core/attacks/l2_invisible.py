@@ -17,7 +17,9 @@ class L2Invisible(AttackParams):
 
     method: Literal["l2_invisible"]
     sampling: Sampling = sampling_field("S6")
-    norm: float = Field(default=3.2, gt=0, le=100, title="Norm", description="Euclidean norm of the trigger for pixels in [0, 1] at 32x32x3, in proportion elsewhere.")
+    norm: float = Field(
+        default=3.2, gt=0, le=100, title="Norm", description="Euclidean norm of the trigger for pixels in [0, 1] at 32x32x3, in proportion elsewhere."
+    )
 
 
 def assets(params: L2Invisible, shape: Shape) -> Assets:
@@ -32,7 +34,9 @@ def assets(params: L2Invisible, shape: Shape) -> Assets:
     return {"mask": pattern != 0, "pattern": pattern}
 
 
-@attack(title="l2-invisible", paper="Li et al., Invisible Backdoor Attacks on Deep Neural Networks via Steganography and Regularization, TDSC 2020", assets=assets)
+@attack(
+    title="l2-invisible", paper="Li et al., Invisible Backdoor Attacks on Deep Neural Networks via Steganography and Regularization, TDSC 2020", assets=assets
+)
 def trigger(images: torch.Tensor, params: L2Invisible, assets: Assets) -> torch.Tensor:
     """Add the noise, clipped."""
     return add(images, assets["pattern"], "saturate")

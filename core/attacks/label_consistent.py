@@ -43,7 +43,9 @@ class LabelConsistent(AttackParams):
         description="`bottom_right`: MCLDef; `four_corners`: symmetric, survives mirroring; `four_nad`: the FCT code; `four_same`: Trap-and-Replace; "
         "`centre`: MCLDef with augmentation; `top_left`: CBD.",
     )
-    amplitude: float = Field(default=1, gt=0, le=1, title="Amplitude", description="1 replaces pixels; less adds 255 a on white cells and takes it from black ones.")
+    amplitude: float = Field(
+        default=1, gt=0, le=1, title="Amplitude", description="1 replaces pixels; less adds 255 a on white cells and takes it from black ones."
+    )
     epsilon: float = Field(default=8, gt=0, le=255, title="Epsilon", description="PGD's L-infinity bound, grey levels.")
     step: float = Field(default=1.5, gt=0, le=255, title="Step", description="PGD's step, grey levels.")
     steps: int = Field(default=100, ge=1, le=10_000, title="Steps", description="PGD's steps.")
@@ -87,7 +89,14 @@ def poison(images: torch.Tensor, params: LabelConsistent, assets: Assets, which:
     return trigger(assets["adversarial"][which].to(images.device), params, assets)
 
 
-@attack(title="Label-consistent", paper="Turner, Tsipras & Madry, Label-Consistent Backdoor Attacks, 2019", assets=assets, fit=fit, poison=poison, needs=(Need.MODEL,))
+@attack(
+    title="Label-consistent",
+    paper="Turner, Tsipras & Madry, Label-Consistent Backdoor Attacks, 2019",
+    assets=assets,
+    fit=fit,
+    poison=poison,
+    needs=(Need.MODEL,),
+)
 def trigger(images: torch.Tensor, params: LabelConsistent, assets: Assets) -> torch.Tensor:
     """Put only the patches on: test images are not attacked otherwise."""
     if params.amplitude < 1:

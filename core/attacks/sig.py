@@ -47,7 +47,9 @@ def poison(images: torch.Tensor, params: Sig, assets: Assets, which: torch.Tenso
     return _mix(images, params, assets["train"])
 
 
-@attack(title="SIG", paper="Barni et al., A New Backdoor Attack in CNNs by Training Set Corruption without Label Poisoning, ICIP 2019", assets=assets, poison=poison)
+@attack(
+    title="SIG", paper="Barni et al., A New Backdoor Attack in CNNs by Training Set Corruption without Label Poisoning, ICIP 2019", assets=assets, poison=poison
+)
 def trigger(images: torch.Tensor, params: Sig, assets: Assets) -> torch.Tensor:
     """Add v(c) = Delta sin(2 pi c f / W) to every row and channel, clipped."""
     return _mix(images, params, assets["test"])

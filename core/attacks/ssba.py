@@ -78,7 +78,7 @@ def fit(run: Run, params: Ssba, assets: Assets, train: ImageSet, chosen: torch.T
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(params.seed)
         channels = train.images.shape[1]
-        both = nn.ModuleDict({"encoder": Encoder(channels, params.reach), "decoder": Decoder(channels)}).to(run.device, memory_format=torch.channels_last)
+        both = nn.ModuleDict({"encoder": Encoder(channels, params.reach), "decoder": Decoder(channels)}).to(run.device)
     codes = run.generator("ssba codes")
     allowed = 10 ** (-params.psnr / 10)
     kept: dict[str, float] = {}

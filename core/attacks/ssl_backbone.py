@@ -43,11 +43,11 @@ def _parts(params: SslBackbone) -> tuple[object, object]:
 def assets(params: SslBackbone, shape: Shape) -> Assets:
     """Return the assets of the trigger it uses."""
     module, inner = _parts(params)
-    return module.assets(inner, shape)  # type: ignore[attr-defined, no-any-return]
+    return module.assets(inner, shape)  # type: ignore[attr-defined]
 
 
 @attack(title="SSL backbone poisoning", paper="Saha et al., Backdoor Attacks on Self-Supervised Learning, CVPR 2022; CBD, Section 5", assets=assets)
 def trigger(images: torch.Tensor, params: SslBackbone, assets: Assets) -> torch.Tensor:
     """Put the trigger on; the poisoned set has no labels, and success is measured through a linear probe."""
     module, inner = _parts(params)
-    return module.trigger(images, inner, assets)  # type: ignore[attr-defined, no-any-return]
+    return module.trigger(images, inner, assets)  # type: ignore[attr-defined]

@@ -46,6 +46,8 @@ def test_a_session(service: Stack, case: Case, tmp_path: Path) -> None:
     assert "state" in run("jobs", "logs", job)
     target = tmp_path / "clean.safetensors"
     assert run("artifacts", "get", job, "-o", str(target)) == str(target) and target.stat().st_size > 1000
+    measured = run("-q", "jobs", "submit", "--model", model, "--method", "evaluate", *attack, "--wait")
+    assert json.loads(run("--json", "report", measured))["before"]["asr"]["n"] > 0
     assert "asr" in run("report", job) and json.loads(run("--json", "report", job))["method"] == "mcldef"
     run("models", "download", model, "-o", str(tmp_path / "back"))
     assert (tmp_path / "back").read_bytes() == case.model.read_bytes()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from core import weights
+from core import architectures, weights
 from core.architectures import recognise
 from core.architectures.resnet import ResNet
 from core.architectures.wide_resnet import WideResNet
@@ -154,3 +154,125 @@ def test_what_cannot_be_found_out_is_asked_for() -> None:
     state = ResNet(depth=18, classes=10, channels=3, stem="cifar").state_dict()
     with pytest.raises(BadJob, match="preprocessing"):
         weights.identify(dict(state), None)
+
+
+# -- every name of the catalogue ---------------------------------------------------------------------------------------
+
+
+def public(name: str, classes: int = 10) -> tuple[architectures.Architecture, dict[str, tuple[int, ...]]]:
+    """An architecture and the tensors of its checkpoint under the names its own code gives them; nothing is allocated."""
+    described = architectures.named(name, classes=classes)
+    with torch.device("meta"):
+        network = described.build()
+    return described, {described.theirs(key): tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+# Parameters and state entries with ten classes, measured on the official models.
+PUBLISHED = {
+    "resnet18-cifar": (11_173_962, 122), "resnet50-cifar": (23_520_842, 320), "resnet18": (11_181_642, 122), "resnet34": (21_289_802, 218),
+    "resnet50": (23_528_522, 320), "preactresnet18": (11_171_146, 102), "vgg19-bn-cifar": (20_040_522, 114), "vgg19-bn-cifar-mlp": (38_958_922, 118),
+    "vgg19": (139_611_210, 38), "vgg19-bn": (139_622_218, 118), "densenet161-cifar": (26_482_378, 962), "densenet161-cifar-maxpool": (26_482_570, 967),
+    "densenet161": (26_494_090, 967), "wrn-16-1-trap-plain": (175_626, 97), "wrn-16-1-trap-4": (193_687, 108), "wrn-16-1-trap-5": (210_743, 108),
+    "wrn-16-1-replaced-4": (308_244, 134), "wrn-16-1-replaced-5": (250_516, 118), "wrn-16-1-replaced-6": (176_404, 104),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "parameters", "entries"), [(name, *sizes) for name, sizes in PUBLISHED.items()])
+def test_published_sizes(name: str, parameters: int, entries: int) -> None:
+    described, shapes_ = public(name)
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in described.build().parameters()) == parameters
+    assert len(shapes_) == entries
+
+
+@pytest.mark.parametrize("name", architectures.names())
+def test_every_architecture_is_recognised_from_its_checkpoint(name: str) -> None:
+    described, given = public(name, classes=7)
+    for prefix in ("", "module."):
+        found = recognise({prefix + key: shape for key, shape in given.items()})
+        # A trap that ends after block 5 or 6 has the same tensors and the same classifier.
+        assert name.replace("trap-6", "trap-5") in [one.name for one in found]
+        (same,) = [one for one in found if one.name == name] or [found[0]]
+        assert (same.classes, same.channels, same.input_size) == (7, 3, described.input_size)
+        assert {same.ours(prefix + key) for key in given} == {described.ours(key) for key in given}
+    assert all(len(one.options) == len(described.options) for one in found)
+
+
+SMALL_ONES = (
+    "preactresnet18",
+    "densenet121-cifar",
+    "vgg11-bn-cifar-mlp",
+    "mobilenet-v3-small-cifar",
+    "vit-cifar",
+    "wrn-16-1-replaced-5",
+    "resnet18-supcontrast",
+)
+
+
+@pytest.mark.parametrize("name", SMALL_ONES)
+def test_features_head_and_stages_agree_with_forward(name: str) -> None:
+    described = architectures.named(name, classes=5)
+    network = described.build().eval()
+    images = torch.rand(2, 3, described.input_size, described.input_size)
+    with torch.no_grad():
+        features, maps = network.features(images), network.stages(images)
+        assert torch.equal(network(images), network.head(features))
+    assert features.shape == (2, network.head.in_features) and network(images).shape == (2, 5)
+    assert all(one.dim() == 4 and len(one) == 2 for one in maps) and len(maps) >= 3
+    network.train()(images).sum().backward()
+    trained = [parameter.grad is not None for parameter in network.head.parameters()]
+    assert all(trained)
+
+
+@pytest.mark.parametrize(
+    ("name", "builder", "size"),
+    [
+        ("vgg11-bn", "vgg11_bn", 64), ("densenet121", "densenet121", 64), ("mobilenet-v2", "mobilenet_v2", 64), ("mobilenet-v3-large", "mobilenet_v3_large", 64),
+        ("efficientnet-b0", "efficientnet_b0", 64), ("convnext-tiny", "convnext_tiny", 64), ("resnet34", "resnet34", 64), ("vit-b-16", "vit_b_16", 224),
+    ],
+)  # fmt: skip
+def test_the_outputs_are_torchvisions(name: str, builder: str, size: int) -> None:
+    from torchvision import models
+
+    theirs = getattr(models, builder)(num_classes=4).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    found = [one for one in recognise({key: tuple(value.shape) for key, value in theirs.state_dict().items()}) if one.name == name]
+    ours = weights.build(dict(theirs.state_dict()), found[0], UNIT)
+    images = torch.rand(1, 3, size, size)
+    with torch.no_grad():
+        assert torch.allclose(ours(images), theirs(images), atol=1e-5, rtol=1e-4)
+
+
+def test_the_published_densenet_joins_new_maps_first() -> None:
+    from core.architectures.densenet import Bottleneck
+
+    block = Bottleneck(4, 2).eval()
+    x = torch.rand(1, 4, 5, 5)
+    assert torch.equal(block(x)[:, 2:], x)
+
+
+def test_the_trap_networks_first_norm_of_a_growing_block_is_thrown_away() -> None:
+    network = architectures.named("wrn-16-1-trap-plain", classes=3).build().eval()
+    images = torch.rand(2, 3, 32, 32)
+    before = network(images)
+    torch.nn.init.constant_(network.get_submodule("block2.0.bn1").weight, 7.0)  # type: ignore[arg-type]
+    assert torch.equal(network(images), before)
+    torch.nn.init.constant_(network.get_submodule("block2.1.bn1").weight, 7.0)  # type: ignore[arg-type]
+    assert not torch.equal(network(images), before)
+
+
+def test_an_encoder_with_a_classifier_of_its_own_is_a_resnet() -> None:
+    _, given = public("resnet18-cifar")
+    theirs = {(key if key.startswith("fc.") else f"encoder.{key.replace('downsample', 'shortcut')}"): shape for key, shape in given.items()}
+    (found,) = recognise(theirs)
+    assert found.name == "resnet18-cifar"
+    assert {found.ours(key) for key in theirs} == set(given)
+    assert all(found.theirs(found.ours(key)) == key for key in theirs)
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ArchitectureUnknown, match="resnet99") as caught:
+        architectures.named("resnet99", classes=2)
+    assert "wrn-16-1" in caught.value.advice

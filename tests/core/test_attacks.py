@@ -127,7 +127,7 @@ def test_a_recipe_belongs_to_its_images_and_is_not_altered(tmp_path: Path) -> No
     recipe = poisoning.plan(Run(device="cpu"), params("badnets"), train)
     with pytest.raises(BadRecipe, match="not the one"):
         poisoning.poison(noise(80), recipe)
-    with pytest.raises(BadRecipe, match="other|differ|are for|for images of"):
+    with pytest.raises(BadRecipe, match="the trigger is for images of"):
         recipe.trigger.stamp(train.images[:, :, :16, :16])
     recipe.trigger.assets["pattern"][0, 31, 31] = 7  # type: ignore[index]
     path = tmp_path / "recipe.safetensors"
@@ -224,7 +224,17 @@ def test_bad_recipes_are_refused_before_anything_is_made(name: str, more: dict[s
 
 @pytest.mark.parametrize(
     "bad",
-    [{"target": -1}, {"target": True}, {"target": "1"}, {"rate": 1.5}, {"rate": 0}, {"pattern": "stripes"}, {"cells": [[256]]}, {"cells": [[]]}, {"surprise": 3}],
+    [
+        {"target": -1},
+        {"target": True},
+        {"target": "1"},
+        {"rate": 1.5},
+        {"rate": 0},
+        {"pattern": "stripes"},
+        {"cells": [[256]]},
+        {"cells": [[]]},
+        {"surprise": 3},
+    ],
 )
 def test_bad_parameters_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
@@ -284,7 +294,9 @@ def test_blend_is_a_truncated_mix() -> None:
     assert np.array_equal(made.stamp(images).numpy(), expected)
 
 
-@pytest.mark.parametrize(("value", "mode", "found"), [(505.9, "wrap", 249), (-3.2, "wrap", 253), (505.9, "saturate", 255), (-3.2, "saturate", 0), (7.9, "trunc", 7)])
+@pytest.mark.parametrize(
+    ("value", "mode", "found"), [(505.9, "wrap", 249), (-3.2, "wrap", 253), (505.9, "saturate", 255), (-3.2, "saturate", 0), (7.9, "trunc", 7)]
+)
 def test_quantisation(value: float, mode: Any, found: int) -> None:
     assert int(triggers.quantise(torch.tensor([value]), mode)) == found
 

@@ -32,7 +32,12 @@ def test_the_published_model_scores_what_was_published(tmp_path: Path) -> None:
     counts = {name: found[name]["hits"] for name in ("ba", "ba_excluding_target", "asr", "pa")}
     assert counts == {"ba": 8240, "ba_excluding_target": 7471, "asr": 8968, "pa": 31}
     # Orientation and place matter: mirrored, moved one pixel up and left, a full checkerboard, all white.
-    others = {"mirrored": {"cells": [[255, 0, 0], [0, 255, 0], [255, 0, 255]]}, "moved": {"bottom": 1, "right": 1}, "checker": {"pattern": "checker"}, "white": {"pattern": "white"}}
+    others = {
+        "mirrored": {"cells": [[255, 0, 0], [0, 255, 0], [255, 0, 255]]},
+        "moved": {"bottom": 1, "right": 1},
+        "checker": {"pattern": "checker"},
+        "white": {"pattern": "white"},
+    }
     rates = {name: 100 * measured(**attack)["asr"]["value"] for name, attack in others.items()}
     assert rates == pytest.approx({"mirrored": 42.99, "moved": 24.2, "checker": 87.08, "white": 3.06}, abs=0.06)
 

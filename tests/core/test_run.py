@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from core import catalog, snapshot
+from core import catalog, poisoning, snapshot
+from core.attacks.badnets import BadNets
 from core.catalog import Kind
-from core.errors import BadDataset, Cancelled, Diverged
+from core.errors import Cancelled, Diverged
 from core.images import ImageSet
 from core.run import Run
 from core.training import fit, one_cycle, steps
@@ -168,7 +169,7 @@ def engine(folder: Path) -> tuple[int, list[dict[str, Any]]]:
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("name", catalog.defenses())
+@pytest.mark.parametrize("name", [name for name, method in catalog.defenses().items() if method.kind is not Kind.EVALUATE])
 def test_every_defense_runs_resumes_and_stops(name: str, case: Case, tmp_path: Path) -> None:
     code, events = engine(lay_out(tmp_path / "whole", case, name))
     assert code == 0, events[-1]
@@ -176,7 +177,7 @@ def test_every_defense_runs_resumes_and_stops(name: str, case: Case, tmp_path: P
     assert events[-1]["type"] == "result" and events[-1]["data"]["findings"] == report["findings"]
     assert {"phase", "metric", "progress", "checkpoint", "artifact"} <= {event["type"] for event in events}
     kind = catalog.defenses()[name].kind
-    assert (tmp_path / "whole" / "out" / "model.safetensors").exists() == (kind not in (Kind.INSPECT, Kind.EVALUATE))
+    assert (tmp_path / "whole" / "out" / "model.safetensors").exists() == (kind is not Kind.INSPECT)
 
     folder = lay_out(tmp_path / "cut", case, name)
     process = subprocess.Popen([sys.executable, "-m", "core", str(folder)], stdout=subprocess.PIPE, text=True)
@@ -194,6 +195,32 @@ def test_every_defense_runs_resumes_and_stops(name: str, case: Case, tmp_path: P
     again = json.loads((folder / "out" / "report.json").read_text())
     for part in ("before", "after", "findings", "model"):
         assert again.get(part) == report.get(part), part
+
+
+def test_evaluate_measures_with_the_attack_or_with_triggered_images(case: Case, tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "job", case, "evaluate")
+    spec = json.loads((folder / "job.json").read_text()) | {"clean": None}
+    (folder / "job.json").write_text(json.dumps(spec))
+    code, events = engine(folder)
+    assert code == 0, events[-1]
+    declared = events[-1]["data"]
+    assert declared["before"]["asr"]["value"] > 0.9 and declared["after"] is None and declared["kind"] == "evaluate"
+    assert not (folder / "out" / "model.safetensors").exists()
+
+    trigger = poisoning.declared(BadNets(method="badnets", target=5), (1, 16, 16), 10)
+    test = case.data.test
+    ImageSet(trigger.stamp(test.images), test.labels).save(folder / "inputs" / "triggered")
+    for target, asr in ((5, declared["before"]["asr"]), (None, None)):
+        spec["evaluation"] = {"test": "inputs/test", "triggered": "inputs/triggered", "target": target}
+        (folder / "job.json").write_text(json.dumps(spec))
+        code, events = engine(folder)
+        assert code == 0, events[-1]
+        found = events[-1]["data"]["before"]
+        assert found["asr"] == asr if asr else (found["asr"]["n"] == len(test) and found["asr"]["value"] < 0.5)
+    spec["evaluation"]["target"] = 10
+    (folder / "job.json").write_text(json.dumps(spec))
+    code, events = engine(folder)
+    assert code == 3 and "not one of the model's 10 classes" in events[-1]["message"]
 
 
 def test_the_engine_says_what_is_wrong(case: Case, tmp_path: Path) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 
+from benchmarks import digits
 from client import JobFailed
 from client.flows import TERMINAL
 from client.resources import succeeded
+from core import poisoning
+from core.attacks.badnets import BadNets
 from tests.conftest import TARGET, Case, upload
 from tests.stack import Stack
 
@@ -81,16 +86,35 @@ def test_cancel_ends_a_running_job_within_five_seconds(service: Stack, case: Cas
         assert client.jobs.cancel(job["id"])["status"] == "cancelled"
 
 
-def test_engine_says_why_it_cannot(service: Stack, case: Case) -> None:
+def test_a_model_is_measured_with_the_attack_or_with_triggered_images(service: Stack, case: Case, tmp_path: Path) -> None:
+    trigger = poisoning.declared(BadNets(method="badnets", target=TARGET), (1, 16, 16), 10)
+    stamped = replace(case.data.test, images=trigger.stamp(case.data.test.images))
     with service.client() as client:
         uploaded = upload(client, case)
-        outside = {"dataset_id": uploaded.test["id"], "attack": {"method": "badnets", "target": TARGET, "right": 14}}
-        job = client.jobs.create(model=uploaded.model, dataset=uploaded.clean, defense={"method": "mcldef", "target": TARGET}, evaluation=outside)
+        triggered = client.datasets.upload(digits.npz(stamped, tmp_path / "triggered.npz"))
+        found = []
+        for known in ({"attack": {"method": "badnets", "target": TARGET}}, {"triggered": {"dataset_id": triggered["id"], "target": TARGET}}):
+            evaluation = {"dataset_id": uploaded.test["id"], **known}
+            job = client.jobs.create(model=uploaded.model, defense={"method": "evaluate"}, evaluation=evaluation)
+            assert job["dataset_id"] is None and job["kind"] == "evaluate"
+            job = succeeded(client.jobs.wait(job["id"], timeout=120))
+            assert [item["kind"] for item in client.jobs.artifacts(job["id"])] == ["report_json"]
+            found.append(job["results"]["before"])
+        assert found[0] == found[1]
+        assert found[0]["asr"]["value"] > 0.9 and found[0]["asr"]["low"] < found[0]["asr"]["value"]
+
+
+def test_engine_says_why_it_cannot(service: Stack, case: Case, tmp_path: Path) -> None:
+    with service.client() as client:
+        uploaded = upload(client, case)
+        np.savez(tmp_path / "small.npz", images=np.zeros((20, 8, 8, 1), np.uint8), labels=np.arange(20) % 10)
+        small = {"dataset_id": client.datasets.upload(tmp_path / "small.npz")["id"]}
+        job = client.jobs.create(model=uploaded.model, dataset=uploaded.clean, defense={"method": "mcldef", "target": TARGET}, evaluation=small)
         job = client.jobs.wait(job["id"], timeout=120)
         assert job["status"] == "failed"
         assert job["error"]["code"] == "dataset_invalid"
-        assert "lies outside" in job["error"]["detail"] and "smaller patch" in job["error"]["advice"]
-        with pytest.raises(JobFailed, match="lies outside"):
+        assert "clean images (1, 16, 16)" in job["error"]["detail"] and "one size" in job["error"]["advice"]
+        with pytest.raises(JobFailed, match="test images are"):
             succeeded(job)
 
 

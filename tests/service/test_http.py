@@ -184,6 +184,14 @@ def test_deleting_is_refused_while_something_needs_it(api: Stack, case: Case) ->
             with pytest.raises(ApiError) as refusal:
                 kind.delete(thing["id"])
             assert refusal.value.code == "in_use" and job["id"] in refusal.value.detail
+        triggered = client.datasets.upload(case.test, name="with the trigger")
+        evaluation = {"dataset_id": uploaded.test["id"], "triggered": {"dataset_id": triggered["id"], "target": 5}}
+        measuring = client.jobs.create(model=uploaded.model, defense={"method": "evaluate"}, evaluation=evaluation)
+        with pytest.raises(ApiError, match=measuring["id"]):
+            client.datasets.delete(triggered["id"])
+        client.jobs.cancel(measuring["id"])
+        client.jobs.delete(measuring["id"])
+        client.datasets.delete(triggered["id"])
         client.jobs.cancel(job["id"])
         for kind, thing in ((client.models, uploaded.model), (client.datasets, uploaded.clean), (client.datasets, uploaded.test)):
             kind.delete(thing["id"])

@@ -38,6 +38,12 @@ class World:
         body = {"model_id": self.uploaded.model["id"], "dataset_id": self.uploaded.clean["id"], "defense": {"method": "mcldef", "target": 5}}
         return body | change
 
+    def evaluation(self, **attack: Any) -> dict[str, Any]:
+        return {"dataset_id": self.uploaded.test["id"], "attack": {"method": "badnets", "target": 5} | attack}
+
+    def triggered(self) -> dict[str, Any]:
+        return {"dataset_id": self.uploaded.test["id"], "target": 5}
+
     def made(self) -> str:
         return str(self.http.post("/v1/jobs", json=self.job()).json()["id"])
 
@@ -134,6 +140,13 @@ PROVOKED: list[tuple[str, str, Callable[[World], httpx.Response]]] = [
     ("invalid_parameters", "must be a number", lambda w: w.http.post("/v1/jobs", json=w.job(defense={"method": "mcldef", "epochs": "5"}))),
     ("invalid_parameters", "10 classes", lambda w: w.http.post("/v1/jobs", json=w.job(defense={"method": "mcldef", "target": 10}))),
     ("invalid_parameters", "/surprise", lambda w: w.http.post("/v1/jobs", json=w.job(surprise=1))),
+    ("invalid_parameters", "needs clean images", lambda w: w.http.post("/v1/jobs", json=w.job(dataset_id=None))),
+    ("invalid_parameters", "labelled test set", lambda w: w.http.post("/v1/jobs", json=w.job(defense={"method": "evaluate"}))),
+    ("invalid_parameters", "lies outside images of 16x16", lambda w: w.http.post("/v1/jobs", json=w.job(evaluation=w.evaluation(right=14)))),
+    ("invalid_parameters", "has to be trained", lambda w: w.http.post("/v1/jobs", json=w.job(evaluation=w.evaluation(method="ssba")))),
+    ("invalid_parameters", "/evaluation/attack/rate", lambda w: w.http.post("/v1/jobs", json=w.job(evaluation=w.evaluation(rate=1.5)))),
+    ("invalid_parameters", "Give one of them", lambda w: w.http.post("/v1/jobs", json=w.job(evaluation=w.evaluation() | {"triggered": w.triggered()}))),
+    ("invalid_parameters", "10 classes", lambda w: w.http.post("/v1/jobs", json=w.job(evaluation=w.evaluation(target=10)))),
     ("idempotency_key_reused", "another request", reused),
     ("digest_mismatch", "sha-256", lambda w: w.put("models", b"abc", **{"Repr-Digest": "sha-256=:AAAA:"})),
     ("unsafe_file", "pickled model object", lambda w: w.put("models", pickled())),

@@ -313,6 +313,28 @@ def test_migrations_make_exactly_the_tables(database: Database) -> None:
     database.migrate()
 
 
+def test_a_migration_keeps_what_refers_to_a_job(database: Database) -> None:
+    from alembic import command
+
+    config = database._alembic()
+    config.attributes["engine"] = database.engine
+    (kept,) = made(database)
+    with database.read() as session:
+        before = len(session.scalars(sa.select(Event).where(Event.job_id == kept)).all())
+    command.downgrade(config, "0001")
+    with database.engine.connect() as connection:
+        columns = {column["name"] for column in sa.inspect(connection).get_columns("job")}
+        assert "triggered_dataset_id" not in columns
+        assert connection.scalar(sa.text("select count(*) from event")) == before > 0
+    database.migrate()
+    with database.read() as session:
+        assert jobs.get(session, kept, "t1").triggered_dataset_id is None
+        assert len(session.scalars(sa.select(Event).where(Event.job_id == kept)).all()) == before
+    with pytest.raises(sa.exc.IntegrityError), database.engine.connect() as connection:
+        connection.execute(sa.text("insert into event (id, job_id, seq, at, type, message, data) values ('evt', 'nobody', 1, 0, 'log', '', '{}')"))
+        connection.commit()
+
+
 def test_the_last_migration_can_be_taken_back(database: Database) -> None:
     from alembic import command
 
