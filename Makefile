@@ -31,8 +31,19 @@ documents: .venv/ready ## write the generated documents anew
 serve: .venv/ready ## the service on this machine
 	$(BIN)/unpoison serve
 
-bench: .venv/ready ## the published table and the API's rates (needs CIFAR-10, see benchmarks/README.md)
+TABLE ?= attacks
+SEEDS ?= 3
+DEVICE ?= auto
+BUDGET ?= cpu
+JOBS ?= 1
+bench: .venv/ready ## a table of benchmarks/tables: make bench TABLE=attacks SEEDS=3 DEVICE=cuda|cpu BUDGET=full|cpu JOBS=2
+	$(BIN)/python -m benchmarks.bench $(TABLE) --seeds $(SEEDS) --device $(DEVICE) --budget $(BUDGET) --jobs $(JOBS)
+
+bench-speed: .venv/ready ## how fast poisoning and training are
+	$(BIN)/python -m benchmarks.speed
+
+bench-service: .venv/ready ## the published case through the service, and the API's rates
 	$(BIN)/python -m benchmarks.published_mcldef
 	$(BIN)/python -m benchmarks.api
 
-.PHONY: help demo test check documents serve bench
+.PHONY: help demo test check documents serve bench bench-speed bench-service

@@ -184,6 +184,9 @@ def submit(
     attack: Annotated[
         list[str] | None, typer.Option("--attack", metavar="KEY=VALUE", help="The known attack (method=badnets target=5): ASR is measured.")
     ] = None,
+    attack_file: Annotated[
+        Path | None, typer.Option(help="A JSON file of the known attack: own patches and pictures are too long for a line.", exists=True)
+    ] = None,
     triggered: Annotated[str | None, typer.Option(help="Id of images that carry the trigger, labelled with their true classes: ASR is measured.")] = None,
     target: Annotated[int | None, typer.Option(help="The class the triggered images are sent to; all-to-all when left out.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
@@ -192,10 +195,11 @@ def submit(
 ) -> None:
     """Run a defense."""
     defense = {**(json.loads(params.read_text()) if params else {}), **_pairs(param), "method": method}
-    evaluation: dict[str, Any] | None = {"dataset_id": test, "attack": _pairs(attack) or None} if test else None
+    known = {**(json.loads(attack_file.read_text()) if attack_file else {}), **_pairs(attack)}
+    evaluation: dict[str, Any] | None = {"dataset_id": test, "attack": known or None} if test else None
     if evaluation and triggered:
         evaluation["triggered"] = {"dataset_id": triggered, "target": target}
-    if (attack or triggered) and not test:
+    if (known or triggered) and not test:
         raise typer.BadParameter("--attack and --triggered need --test: BA is measured on a clean test set")
     with output.client() as client:
         job = client.jobs.create(model=model, dataset=dataset, defense=defense, evaluation=evaluation, seed=seed, validate_only=dry_run)

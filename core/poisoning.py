@@ -74,7 +74,7 @@ class AttackParams(Params):
     labels: Labels = labels_field()
     sampling: Sampling = sampling_field("S1")
     rate: float = rate_field(0.1)
-    count: int = Field(default=1000, ge=1, title="Count", description="How many images `S7` draws.")
+    count: int = Field(default=1000, ge=1, le=10**9, title="Count", description="How many images `S7` draws.")
     holdout: float = Field(default=0.05, ge=0, lt=1, title="Holdout", description="The share of images, last in order, that `S6` leaves alone.")
     shuffle: bool = Field(default=True, title="Shuffle", description="Whether `S6` goes through a seeded permutation or through the files as they lie.")
     include_target: bool = Field(default=False, title="Target class too", description="Whether `S8` also draws images of the target class.")
@@ -173,6 +173,11 @@ class Poisoned:
         found = torch.zeros(len(self.data), dtype=torch.bool)
         found[self.chosen] = True
         return found
+
+    def save(self, folder: Path) -> None:
+        """Write the set's folder form into `folder/data`, and the truth beside it, where no trainer looks."""
+        self.data.save(folder / "data")
+        save_file({"chosen": self.chosen, "disturbed": self.disturbed, "original": self.original}, folder / "truth.safetensors")
 
     def counts(self) -> dict[str, Any]:
         """Return what "the poisoning rate" was: counts, and the share of all images."""

@@ -61,7 +61,7 @@ def variants(shapes: Shapes) -> list[Architecture]:
     stem = shapes.get("conv1.weight")
     head_name = "linear" if "linear.weight" in shapes else "fc"
     head = shapes.get(f"{head_name}.weight")
-    if stem is None or head is None or len(stem) != 4 or "bn1.weight" not in shapes or "layer1.0.conv1.weight" not in shapes:
+    if stem is None or head is None or len(stem) != 4 or "bn1.weight" not in shapes or "layer1.0.conv1.weight" not in shapes or "fc_aux.weight" in shapes:
         return []
     lengths = tuple(count_blocks(shapes, f"layer{layer}.") for layer in (1, 2, 3, 4))
     depth = DEPTHS.get((lengths, "layer1.0.conv3.weight" in shapes))

@@ -46,12 +46,12 @@ class BadNets(AttackParams):
 
 
 def patch(params: BadNets, channels: int) -> torch.Tensor:
-    """Return the patch, (C, height, width) uint8.
+    """Return the patch's cells, (C, rows, columns) uint8, before they are scaled.
 
     Raises `BadRecipe` when the rows of an own patch differ in length, or it has colours and the images have none.
     """
     if params.cells is not None:
-        return picture(params.cells, channels, params.scale)
+        return picture(params.cells, channels)
     size = params.size
     if params.pattern == "white":
         cells = np.full((size, size), 255, dtype=np.uint8)
@@ -65,11 +65,10 @@ def patch(params: BadNets, channels: int) -> torch.Tensor:
         cells = smooth[0].round().clamp(0, 255).to(torch.uint8).numpy()
     else:
         cells = np.array(PATTERNS[params.pattern], dtype=np.uint8)
-    blocks = cells.repeat(params.scale, axis=-2).repeat(params.scale, axis=-1)
-    return torch.from_numpy(np.broadcast_to(blocks, (channels, *blocks.shape[-2:])).copy())
+    return torch.from_numpy(np.broadcast_to(cells, (channels, *cells.shape[-2:])).copy())
 
 
-def picture(cells: Picture, channels: int, scale: int = 1) -> torch.Tensor:
+def picture(cells: Picture, channels: int) -> torch.Tensor:
     """Turn rows of grey levels or colours into (C, height, width) uint8; raises `BadRecipe` when they do not form one."""
     try:
         array = np.array(cells, dtype=np.uint8)
@@ -78,7 +77,7 @@ def picture(cells: Picture, channels: int, scale: int = 1) -> torch.Tensor:
     if array.ndim == 3 and channels != 3:
         raise BadRecipe(f"the cells have three colours, the images {channels} channel", "Give grey levels.")
     planes = array.transpose(2, 0, 1) if array.ndim == 3 else np.broadcast_to(array, (channels, *array.shape))
-    return torch.from_numpy(planes.repeat(scale, axis=1).repeat(scale, axis=2).copy())
+    return torch.from_numpy(planes.copy())
 
 
 def position(params: BadNets, shape: Shape, height: int, width: int) -> tuple[int, int]:
@@ -101,9 +100,11 @@ def position(params: BadNets, shape: Shape, height: int, width: int) -> tuple[in
 
 def assets(params: BadNets, shape: Shape) -> Assets:
     """Return mask (C, H, W) bool and pattern (C, H, W) uint8."""
-    drawn = patch(params, shape[0])
-    height, width = drawn.shape[1:]
+    cells, scale = patch(params, shape[0]), params.scale
+    height, width = cells.shape[1] * scale, cells.shape[2] * scale
+    # Before the cells are enlarged: a large scale must not cost memory.
     row, column = position(params, shape, height, width)
+    drawn = cells.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
     mask, pattern = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.uint8)
     mask[:, row : row + height, column : column + width] = True
     pattern[:, row : row + height, column : column + width] = drawn

@@ -32,6 +32,7 @@ class Blend(AttackParams):
         default=None, gt=0, le=1, title="Strength", description="Weight of the pattern: 0.1 for `centre`, 0.4 for `patch`, else 0.2 when left out."
     )
     picture: Picture | None = Field(default=None, title="Own picture", description="As large as the image: by row, grey or red, green and blue, 0..255.")
+    mask: Picture | None = Field(default=None, title="Own mask", description="Where it shows, as large as the image: 255 at full strength, 0 not at all.")
     size: int = Field(default=3, ge=1, le=512, title="Patch size", description="Side of `patch`, pixels.")
 
 
@@ -89,6 +90,11 @@ def assets(params: Blend, shape: Shape) -> Assets:
         pattern[:, row : row + size, column : column + size] = torch.from_numpy(drawn.copy())
         inside[:, row : row + size, column : column + size] = True
         weight = weight * inside
+    if params.mask is not None:
+        shown = picture(params.mask, channels).double() / 255
+        if tuple(shown.shape) != shape:
+            raise BadRecipe(f"the own mask is {tuple(shown.shape[1:])}, the images are {(height, width)} (H, W)", "Give one as large as the images.")
+        weight = weight * shown
     return {"mask": weight > 0, "pattern": pattern, "weight": weight}
 
 

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from core.adversarial import pgd
+from core.attacks.badnets import PATTERNS
 from core.catalog import Need, attack
 from core.classifier import Classifier
 from core.errors import BadRecipe
@@ -17,16 +18,15 @@ from core.poisoning import AttackParams, Labels, Sampling, labels_field, samplin
 from core.run import Run
 from core.triggers import Assets, Shape, add, replace
 
-P = np.array(((0, 0, 255), (0, 255, 0), (255, 0, 255)), dtype=np.uint8)
+P = np.array(PATTERNS["grid"], dtype=np.uint8)
 Q, R = P[:, ::-1], P[::-1, ::-1]
-MCL_CENTRE = np.array(((255, 0, 255), (0, 255, 0), (255, 0, 0)), dtype=np.uint8)
 # (patch, rows from top or, negative, from bottom, columns likewise); -3 touches the border.
 LAYOUTS = {
     "bottom_right": ((P, -3, -3),),
     "four_corners": ((Q, 0, 0), (P, 0, -3), (Q, -3, 0), (P, -3, -3)),
     "four_nad": ((R, 1, 1), (np.array(((255, 0, 255), (0, 255, 0), (0, 0, 255)), dtype=np.uint8), 1, -3), (Q, -3, 1), (P, -3, -3)),
     "four_same": ((P, 0, 0), (P, 0, -3), (P, -3, 0), (P, -3, -3)),
-    "centre": ((MCL_CENTRE, 18, 18),),
+    "centre": ((R, 18, 18),),
     "top_left": ((P, 0, 0),),
 }
 

@@ -18,7 +18,7 @@ class WaNet(AttackParams):
 
     method: Literal["wanet"]
     sampling: Sampling = sampling_field("S7")
-    count: int = Field(default=5000, ge=1, title="Count", description="How many images `S7` draws.")
+    count: int = Field(default=5000, ge=1, le=10**9, title="Count", description="How many images `S7` draws.")
     grid: int = Field(default=4, ge=2, le=64, title="k", description="Control points in each direction.")
     strength: float = Field(
         default=0.5, gt=0, le=16, title="s", description="Strength of the warp; 0.5 moves pixels by a quarter of a pixel on average at 32x32."

@@ -263,6 +263,12 @@ def test_the_trap_networks_first_norm_of_a_growing_block_is_thrown_away() -> Non
     assert not torch.equal(network(images), before)
 
 
+def test_the_replaced_resnet_has_the_published_size() -> None:
+    with torch.device("meta"):
+        network = architectures.named("resnet34-replaced-31", classes=12).build()
+    assert sum(parameter.numel() for parameter in network.parameters()) == 35_722_072 and len(network.state_dict()) == 262
+
+
 def test_an_encoder_with_a_classifier_of_its_own_is_a_resnet() -> None:
     _, given = public("resnet18-cifar")
     theirs = {(key if key.startswith("fc.") else f"encoder.{key.replace('downsample', 'shortcut')}"): shape for key, shape in given.items()}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from core import adversarial, catalog, poisoning, triggers, victim, weights
 from core.attacks.badnets import BadNets
@@ -87,6 +88,10 @@ def test_an_attack_changes_what_its_mask_says_and_its_recipe_rebuilds_it(name: s
         assert made.data.labels is not None
         assert (made.data.labels[recipe.chosen] == 1).all()
         assert torch.equal(made.data.labels[recipe.disturbed], train.labels[recipe.disturbed])
+
+    made.save(tmp_path / "poisoned")
+    assert torch.equal(ImageSet.load(tmp_path / "poisoned" / "data").images, made.data.images)
+    assert torch.equal(load_file(tmp_path / "poisoned" / "truth.safetensors")["chosen"], recipe.chosen)
 
     again = Recipe.load(tmp_path / "recipe.safetensors")
     assert poisoning.digest(poisoning.poison(train, again).data) == again.poisoned == recipe.poisoned
@@ -214,6 +219,8 @@ def test_all_to_all_wraps_at_the_number_of_classes(classes: int) -> None:
         ("l0_invisible", {"pixels": 33}, "do not fit"),
         ("trojan", {"picture": [[1, 2]]}, "the images are"),
         ("blend", {"picture": [[1, 2]]}, "the images are"),
+        ("blend", {"mask": [[1, 2]]}, "the images are"),
+        ("badnets", {"scale": 512, "cells": [[0] * 512] * 512}, "lies outside"),
     ],
 )
 def test_bad_recipes_are_refused_before_anything_is_made(name: str, more: dict[str, Any], words: str, surrogate: Classifier) -> None:
@@ -292,6 +299,16 @@ def test_blend_is_a_truncated_mix() -> None:
     assert set(np.unique(weight)) == {0.0, 0.4} and (weight > 0).sum() == 27
     expected = ((1 - weight) * images.numpy().astype(float) + weight * pattern).astype(np.uint8)
     assert np.array_equal(made.stamp(images).numpy(), expected)
+
+
+def test_own_picture_under_an_own_mask() -> None:
+    images = noise(6).images
+    picture, mask = [[200] * 32] * 32, [[255] * 16 + [0] * 16] * 31 + [[51] * 32]
+    stamped = stamp(Blend(method="blend", target=0, picture=picture, mask=mask, alpha=0.5), images)
+    assert torch.equal(stamped[..., :31, 16:], images[..., :31, 16:])
+    assert torch.equal(stamped[..., :31, :16], (images[..., :31, :16].double() * 0.5 + 100).to(torch.uint8))
+    weight = 0.5 * (51 / 255)
+    assert torch.equal(stamped[..., 31, :], (images[..., 31, :].double() * (1 - weight) + 200 * weight).to(torch.uint8))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,119 @@
+"""How fast poisoning and training are: `python -m benchmarks.speed` (or `make bench-speed`).
+
+Attack generation in images a second, and the training loop beside the bare model's forward and backward pass, taken in
+turns in one process. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.bench import machine
+from core import architectures, catalog, poisoning, training, weights
+from core.classifier import Classifier
+from core.images import ImageSet, as_floats
+from core.run import Run
+
+COUNT = 10_000
+AIM = {"wanet": 5_000, "sig": 5_000}
+PATCH_AND_BLEND = ("badnets", "trojan", "blend", "chessboard", "l0_invisible", "l2_invisible", "low_frequency", "ssl_backbone")
+
+
+def main() -> int:
+    """Measure; return 0 when every aim is reached."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    options = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    found = {"attacks": attacks(options.rounds), "training": [step(batch, options.rounds) for batch in (64, 128)], "machine": machine()}
+    print(f"{'attack':24}{'images/s':>12}{'aim':>10}")
+    for name, one in found["attacks"].items():
+        print(f"{name:24}{one['images_per_second']:>12,.0f}{one['aim'] or '':>10}")
+    for one in found["training"]:
+        print(f"WRN-16-1, batch {one['batch']}: {one['fit']:,.0f} images/s in the loop, {one['bare']:,.0f} bare; overhead {one['overhead']:.1%}")
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found))
+    reached = all(one["images_per_second"] >= (one["aim"] or 0) for one in found["attacks"].values())
+    return 0 if reached and all(one["overhead"] <= 0.15 for one in found["training"]) else 1
+
+
+def attacks(rounds: int) -> dict[str, Any]:
+    """Return images a second of every attack that needs no training, on random CIFAR-sized images."""
+    images = random_images(COUNT)
+    found = {}
+    for name, attack in catalog.attacks().items():
+        if attack.fit is not None:
+            continue
+        params = attack.params(method=name, target=0)
+        assert isinstance(params, poisoning.AttackParams)
+        trigger = poisoning.declared(params, (3, 32, 32), 10)
+        aim = AIM.get(name, 20_000 if name in PATCH_AND_BLEND else None)
+        seconds = timed(lambda trigger=trigger: trigger.stamp(images), rounds)  # type: ignore[misc]
+        found[name] = {"images_per_second": COUNT / seconds, "aim": aim}
+    return found
+
+
+def step(batch: int, rounds: int, steps: int = 40) -> dict[str, Any]:
+    """Return images a second of the training loop and of the bare forward and backward pass, in turns; medians."""
+    described = architectures.named("wrn-16-1", classes=10)
+    model = Classifier(described.build(), described, weights.PREPROCESSINGS[0]).train()
+    data = ImageSet(random_images(batch * steps), torch.arange(batch * steps) % 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    floats, labels = as_floats(data.images[:batch]), torch.arange(batch) % 10
+
+    def loss(images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        assert labels is not None
+        return F.cross_entropy(model(images).float(), labels)
+
+    def loop() -> None:
+        training.fit(
+            Run(device="cpu"), "speed", data=data, loss=loss, network=model, optimizer=optimizer, schedule=training.steps((0, 1e-3)),
+            epochs=1, batch_size=batch, prepare=model.train,
+        )  # fmt: skip
+
+    def bare() -> None:
+        for _ in range(steps):
+            with training.mixed_precision(torch.device("cpu")):
+                value = loss(floats, labels)
+            model.zero_grad(set_to_none=True)
+            value.backward()
+
+    taken: dict[str, list[float]] = {"fit": [], "bare": []}
+    for _ in range(rounds + 1):
+        for name, act in (("fit", loop), ("bare", bare)):
+            taken[name].append(timed(act, 1))
+    # The first round warms up.
+    fit, plain = (statistics.median(taken[name][1:]) for name in ("fit", "bare"))
+    return {"batch": batch, "fit": batch * steps / fit, "bare": batch * steps / plain, "overhead": fit / plain - 1}
+
+
+def timed(act: Callable[[], object], rounds: int) -> float:
+    """Return the median of the seconds that `act` takes."""
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        act()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def random_images(count: int) -> torch.Tensor:
+    """Return (count, 3, 32, 32) uint8 noise in channels-last memory."""
+    return torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
