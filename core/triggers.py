@@ -47,10 +47,10 @@ def add(images: torch.Tensor, pattern: torch.Tensor, mode: Quantise) -> torch.Te
     return quantise(images.to(torch.int16).add_(_like(pattern, images)), mode)
 
 
-def blend(images: torch.Tensor, pattern: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return `(1 - w) x + w p`, truncated, for images (N, C, H, W), p (C, H, W) in 0..255 units and w (C, H, W) in [0, 1]."""
+def blend(images: torch.Tensor, pattern: torch.Tensor, weight: torch.Tensor, mode: Quantise) -> torch.Tensor:
+    """Return `(1 - w) x + w p` for images (N, C, H, W), p (C, H, W) in 0..255 units and w (C, H, W) in [0, 1]."""
     kept, added = _like(1 - weight.double(), images), _like(weight.double() * pattern.double(), images)
-    return quantise(images.double().mul_(kept).add_(added), "saturate")
+    return quantise(images.double().mul_(kept).add_(added), mode)
 
 
 def warp(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ from pydantic import Field
 from core.attacks.badnets import picture
 from core.catalog import attack
 from core.errors import BadRecipe
-from core.poisoning import AttackParams, Picture
-from core.triggers import Assets, Shape, blend, draws
+from core.poisoning import AttackParams, Picture, quantise_field
+from core.triggers import Assets, Quantise, Shape, blend, draws
 
 ALPHA = {"centre": 0.1, "centre_grey": 0.2, "strip": 0.2, "strip_signed": 0.2, "picture": 0.2, "noise": 0.2, "patch": 0.4}
 GREY = ((255, 128, 255), (128, 255, 128), (255, 128, 128))
@@ -22,6 +22,7 @@ class Blend(AttackParams):
     """What is blended in, and how strongly."""
 
     method: Literal["blend"]
+    quantise: Quantise = quantise_field("saturate")
     pattern: Literal["centre", "centre_grey", "strip", "strip_signed", "picture", "noise", "patch"] = Field(
         default="picture",
         title="Pattern",
@@ -100,5 +101,5 @@ def assets(params: Blend, shape: Shape) -> Assets:
 
 @attack(title="Blend", paper="Chen et al., Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning, 2017", assets=assets)
 def trigger(images: torch.Tensor, params: Blend, assets: Assets) -> torch.Tensor:
-    """Mix the pattern into the image: (1 - alpha) x + alpha p, truncated."""
-    return blend(images, assets["pattern"], assets["weight"])
+    """Mix the pattern into the image: (1 - alpha) x + alpha p."""
+    return blend(images, assets["pattern"], assets["weight"], params.quantise)

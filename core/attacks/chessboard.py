@@ -8,14 +8,15 @@ import torch
 from pydantic import Field
 
 from core.catalog import attack
-from core.poisoning import AttackParams, Sampling, sampling_field
-from core.triggers import Assets, Shape, add
+from core.poisoning import AttackParams, Sampling, quantise_field, sampling_field
+from core.triggers import Assets, Quantise, Shape, add
 
 
 class Chessboard(AttackParams):
     """How much is added."""
 
     method: Literal["chessboard"]
+    quantise: Quantise = quantise_field("saturate")
     sampling: Sampling = sampling_field("S7")
     amplitude: int = Field(default=3, ge=1, le=255, title="Amplitude", description="What is added, grey levels.")
 
@@ -31,4 +32,4 @@ def assets(params: Chessboard, shape: Shape) -> Assets:
 @attack(title="Additive chessboard", paper="Tran, Li & Madry, Spectral Signatures in Backdoor Attacks, NeurIPS 2018", assets=assets)
 def trigger(images: torch.Tensor, params: Chessboard, assets: Assets) -> torch.Tensor:
     """Add the chessboard's levels, clipped."""
-    return add(images, assets["pattern"], "saturate")
+    return add(images, assets["pattern"], params.quantise)

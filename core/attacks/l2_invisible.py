@@ -8,14 +8,15 @@ import torch
 from pydantic import Field
 
 from core.catalog import attack
-from core.poisoning import AttackParams, Sampling, sampling_field
-from core.triggers import Assets, Shape, add, draws
+from core.poisoning import AttackParams, Sampling, quantise_field, sampling_field
+from core.triggers import Assets, Quantise, Shape, add, draws
 
 
 class L2Invisible(AttackParams):
     """How strong the noise is."""
 
     method: Literal["l2_invisible"]
+    quantise: Quantise = quantise_field("saturate")
     sampling: Sampling = sampling_field("S6")
     norm: float = Field(
         default=3.2, gt=0, le=100, title="Norm", description="Euclidean norm of the trigger for pixels in [0, 1] at 32x32x3, in proportion elsewhere."
@@ -39,4 +40,4 @@ def assets(params: L2Invisible, shape: Shape) -> Assets:
 )
 def trigger(images: torch.Tensor, params: L2Invisible, assets: Assets) -> torch.Tensor:
     """Add the noise, clipped."""
-    return add(images, assets["pattern"], "saturate")
+    return add(images, assets["pattern"], params.quantise)

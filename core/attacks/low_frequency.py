@@ -8,14 +8,15 @@ import torch
 from pydantic import Field
 
 from core.catalog import attack
-from core.poisoning import AttackParams
-from core.triggers import Assets, Shape, add, draws
+from core.poisoning import AttackParams, quantise_field
+from core.triggers import Assets, Quantise, Shape, add, draws
 
 
 class LowFrequency(AttackParams):
     """How strong the perturbation is."""
 
     method: Literal["low_frequency"]
+    quantise: Quantise = quantise_field("saturate")
     amplitude: int = Field(default=51, ge=1, le=255, title="Amplitude", description="Its largest value, grey levels.")
 
 
@@ -40,4 +41,4 @@ def assets(params: LowFrequency, shape: Shape) -> Assets:
 @attack(title="Low frequency", paper="Zeng et al., Rethinking the Backdoor Attacks' Triggers: A Frequency Perspective, ICCV 2021", assets=assets)
 def trigger(images: torch.Tensor, params: LowFrequency, assets: Assets) -> torch.Tensor:
     """Add the blob, clipped."""
-    return add(images, assets["pattern"], "saturate")
+    return add(images, assets["pattern"], params.quantise)

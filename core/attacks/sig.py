@@ -9,14 +9,15 @@ import torch
 from pydantic import Field
 
 from core.catalog import attack
-from core.poisoning import AttackParams, Labels, Sampling, labels_field, sampling_field
-from core.triggers import Assets, Shape, add, blend
+from core.poisoning import AttackParams, Labels, Sampling, labels_field, quantise_field, sampling_field
+from core.triggers import Assets, Quantise, Shape, add, blend
 
 
 class Sig(AttackParams):
     """How strong the sinusoid is, and how it is mixed in."""
 
     method: Literal["sig"]
+    quantise: Quantise = quantise_field("saturate")
     labels: Labels = labels_field("clean")
     sampling: Sampling = sampling_field("S5")
     amplitude: float = Field(default=20, gt=0, le=255, title="Amplitude", description="Delta in training images, grey levels.")
@@ -57,10 +58,10 @@ def trigger(images: torch.Tensor, params: Sig, assets: Assets) -> torch.Tensor:
 
 def _mix(images: torch.Tensor, params: Sig, wave: torch.Tensor) -> torch.Tensor:
     if params.mix in ("add", "add_scaled"):
-        return add(images, _levels(params, wave), "saturate")
+        return add(images, _levels(params, wave), params.quantise)
     if params.mix == "blend_wrapped":
         wave = wave.trunc().remainder(256)
-    return blend(images, wave, torch.full_like(wave, params.alpha))
+    return blend(images, wave, torch.full_like(wave, params.alpha), params.quantise)
 
 
 def _levels(params: Sig, wave: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,93 @@
+"""The table runner: what it measures, that it goes on, and that every table speaks of methods that exist."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import bench
+from core import catalog, victim
+from core.images import ImageSet
+from tests.core.test_attacks import noise
+
+TABLES = sorted((bench.HERE / "tables").glob("*.toml"))
+TABLE: dict[str, Any] = {
+    "title": "Small",
+    "about": "Two rows.",
+    "columns": [{"name": "FT", "defense": {"method": "fine_tuning", "epochs": 2}}],
+    "rows": [
+        {"name": "none"},
+        {"name": "Grid", "from": "Nobody", "attack": {"method": "badnets", "target": 1}, "paper": {"FT": {"asr": 1.5, "ba_excluding_target": 80.0}}},
+        {"name": "Consistent", "attack": {"method": "label_consistent", "target": 1, "steps": 1}},
+    ],
+}
+
+
+@pytest.mark.parametrize("path", TABLES, ids=[path.stem for path in TABLES])
+def test_tables_speak_of_what_exists(path: Path) -> None:
+    table = tomllib.loads(path.read_text())
+    assert table["title"] and table["about"]
+    for row in table["rows"]:
+        if "attack" in row:
+            catalog.validate(catalog.attacks(), row["attack"])
+    for column in table.get("columns", []):
+        catalog.validate(catalog.defenses(), column["defense"])
+    for budget in ("full", "cpu"):
+        assert table[budget]["recipe"] in victim.RECIPES
+    assert len({row["name"] for row in table["rows"]}) == len(table["rows"])
+
+
+@pytest.fixture
+def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bench.Setting:
+    sets: tuple[ImageSet, ImageSet] = (noise(200), noise(90))
+    monkeypatch.setattr(bench, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    monkeypatch.setattr(bench, "data", lambda name: sets)
+    (tmp_path / "results").mkdir()
+    return bench.Setting(dataset="noise", model="wrn-10-1", recipe="cpu", preprocessing="cifar10", clean_fraction=0.2, device="cpu", epochs=1)
+
+
+def test_a_table_is_measured_once_and_written(setting: bench.Setting, tmp_path: Path) -> None:
+    cells = list(bench.planned(TABLE, setting, 2, ""))
+    assert len(cells) == 12
+    # What needs a surrogate comes after what trains it.
+    assert [cell.row for cell in cells[:6]] == ["none", "none", "Grid", "Grid", "Consistent", "Consistent"]
+    bench.measure(cells[:3], 1)
+    assert bench.write("small", "cpu", TABLE, setting, cells) == 9
+    victims = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "victims").glob("*/model.safetensors")}
+    assert len(victims) == 2
+    bench.measure(cells, 1)
+    assert all(path.stat().st_mtime_ns == written for path, written in victims.items())
+    assert bench.write("small", "cpu", TABLE, setting, cells) == 0
+    found = json.loads((tmp_path / "results" / "small.json").read_text())
+    assert len(found["cells"]) == 12 and found["setting"]["model"] == "wrn-10-1"
+    grid = next(cell for cell in found["cells"] if cell["cell"]["row"] == "Grid" and cell["cell"]["column"] == "FT")
+    assert grid["counts"]["n_poisoned"] == 20 and grid["after"]["asr"]["n"] == 67 and grid["machine"]["torch"]
+    (line,) = [line for line in (tmp_path / "results" / "small.md").read_text().splitlines() if line.startswith("| Grid | FT |")]
+    assert "± " in line and line.endswith("| 80.0 (target excluded) | 1.5 |") and "| 2 |" in line
+
+
+def test_a_stopped_training_goes_on_to_the_same_victim(setting: bench.Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Exception):
+        pass
+
+    attack = {"method": "badnets", "target": 1}
+    whole = bench.trained(setting, attack, 0)[0].state_dict()
+    folder = bench.victim_folder(setting, attack, 0)
+    folder.rename(tmp_path / "whole")
+    original = victim.train
+
+    def stopping(*arguments: Any, **named: Any) -> Any:
+        raise Stop
+
+    monkeypatch.setattr(victim, "train", stopping)
+    with pytest.raises(Stop):
+        bench.trained(setting, attack, 0)
+    assert (folder / "recipe.safetensors").exists() and not (folder / "victim.json").exists()
+    monkeypatch.setattr(victim, "train", original)
+    again = bench.trained(setting, attack, 0)[0].state_dict()
+    assert all((again[name] == value).all() for name, value in whole.items())
