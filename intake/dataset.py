@@ -1,30 +1,28 @@
-"""Image data sets (a zip of class folders, or .npz) to one uint8 tensor file and a description."""
+"""Image data sets of any known layout to one uint8 tensor file and a description."""
 
 from __future__ import annotations
 
 import collections
 import json
-import stat
-import unicodedata
-import warnings
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from intake.refusal import Refusal, damaged, printable
+from intake import archive, pictures, tables
+from intake.archive import Member
+from intake.pictures import Writer
+from intake.refusal import Refusal, printable
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
-MAX_ENTRIES = 2_000_000
-MAX_PIXELS = 16_000_000
-MAX_RATIO = 200
-MAX_CLASSES = 100_000
-HEADER = 4096
-CHUNK = 1 << 20
+ORDER = "classes.txt"
+SPLITS = {"train", "test", "val", "valid", "validation"}
+PARQUET = b"PAR1"
+NESTED = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.zst", ".7z", ".rar")
+LAYOUTS = (
+    "Upload a zip or tar (.gz, .zst) of one folder a class, of pictures with a CSV of labels, of a WebDataset shard or of CIFAR's batches; "
+    "or a parquet file with pictures; or an .npz with `images` (uint8) and `labels`."
+)
 
 
 def take_in(path: Path, folder: Path) -> dict[str, Any]:
@@ -33,97 +31,142 @@ def take_in(path: Path, folder: Path) -> dict[str, Any]:
     Raises `Refusal`.
     """
     with path.open("rb") as file:
-        if file.read(4) not in (b"PK\x03\x04", b"PK\x05\x06"):
-            raise Refusal(
-                "unsupported_format",
-                "the file is neither a zip archive nor .npz",
-                "Upload a zip with one folder a class, or an .npz with `images` (uint8) and `labels`.",
-            )
-        try:
-            archive = zipfile.ZipFile(file)
-            entries = archive.infolist()
-        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, UnicodeDecodeError) as error:
-            raise damaged(f"the zip archive cannot be read: {error}") from error
-        members = _members(entries, path.stat().st_size)
-        if not members:
-            raise Refusal("dataset_invalid", "the archive is empty", "Put one folder a class into it, with images inside.")
-        if all(name.endswith(".npy") for name in members):
-            described = _arrays(archive, members, folder)
+        if file.read(4) == PARQUET:
+            described = _parquet([path], folder)
         else:
-            described = _class_folders(archive, members, folder)
+            file.seek(0)
+            members = archive.members(file, path.stat().st_size, folder)
+            if members is None:
+                raise Refusal("unsupported_format", "the file is neither a zip archive nor .npz, nor another layout of a data set", LAYOUTS)
+            described = _of_archive(members, folder)
     (folder / "dataset.json").write_text(json.dumps(described))
     return {name: value for name, value in described.items() if name != "names"}
 
 
-def _members(entries: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInfo]:
-    """Return the files that count, by name; refuse names and sizes that only an attack needs."""
-    if len(entries) > MAX_ENTRIES:
-        raise Refusal("too_large", f"the archive has {len(entries)} entries", f"At most {MAX_ENTRIES} are taken.")
-    members: dict[str, zipfile.ZipInfo] = {}
-    seen: set[str] = set()
-    total = 0
-    for entry in entries:
-        name = entry.filename
-        if name.startswith("/") or "\\" in name or ".." in name.split("/") or ":" in name.split("/")[0] or printable(name) != name:
-            raise Refusal("unsafe_file", f"archive entry {name!r} has a name that leaves its folder or hides something", "Use plain relative names.")
-        kind = stat.S_IFMT(entry.external_attr >> 16)
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise Refusal("unsafe_file", f"archive entry {name!r} is a link or a device", "Archive only regular files.")
-        if entry.is_dir() or name.startswith("__MACOSX/") or name.rsplit("/", 1)[-1].startswith(".") or name.endswith("Thumbs.db"):
-            continue
-        folded = unicodedata.normalize("NFC", name).casefold()
-        if folded in seen:
-            raise Refusal("unsafe_file", f"archive entry {name!r} appears twice", "Give every file its own name.")
-        seen.add(folded)
-        if entry.flag_bits & 1:
-            raise Refusal("unsupported_format", f"archive entry {name!r} is encrypted", "Upload the archive without a password.")
-        total += entry.file_size
-        members[name] = entry
-    if total > MAX_RATIO * size + CHUNK:
-        raise Refusal("unsafe_file", f"the archive would grow from {size} to {total} bytes", "Upload it without extreme compression.")
-    return members
-
-
-def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
-    """Yield a member's bytes, never more than its directory entry claims."""
-    left = entry.file_size
-    try:
-        with archive.open(entry) as member:
-            while piece := member.read(CHUNK):
-                left -= len(piece)
-                if left < 0:
-                    raise Refusal("unsafe_file", f"archive entry {entry.filename!r} is larger than it claims", "Archive the files again.")
-                yield piece
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, RuntimeError) as error:
-        raise damaged(f"archive entry {entry.filename!r} cannot be read: {error}") from error
-    except Exception as error:  # zlib, bz2 and lzma each raise their own class
-        if isinstance(error, Refusal):
-            raise
-        raise damaged(f"archive entry {entry.filename!r} cannot be unpacked: {error}") from error
-
-
-# -- class folders -------------------------------------------------------------------------------------------------
-
-
-def _class_folders(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], folder: Path) -> dict[str, Any]:
-    """Decode CLASS/NAME images; a common top folder is dropped; class folders in alphabetical order are the labels."""
-    images = {name: name.split("/") for name in members if "." + name.rsplit(".", 1)[-1].lower() in ENDINGS}
-    while len({parts[0] for parts in images.values()}) == 1 and all(len(parts) > 2 for parts in images.values()):
-        images = {name: parts[1:] for name, parts in images.items()}
+def _of_archive(members: dict[str, Member], folder: Path) -> dict[str, Any]:
+    """Tell the layout from the members' names and read it."""
+    if not members:
+        raise Refusal("dataset_invalid", "the archive is empty", "Put one folder a class into it, with images inside.")
+    if all(name.endswith(".npy") for name in members):
+        return _npz(members, folder)
+    if tables.is_cifar(members):
+        return _cifar(members, folder)
+    shards = sorted(name for name in members if name.endswith(".parquet"))
+    if shards:
+        return _parquet_shards([members[name] for name in shards], folder)
+    images = sorted(name for name in members if pictures.is_picture(name))
     if not images:
-        raise Refusal("dataset_invalid", f"none of the {len(members)} files is an image", f"Use one folder a class with {', '.join(sorted(ENDINGS))} files.")
-    stray = [name for name, parts in images.items() if len(parts) != 2]
-    if stray:
-        raise Refusal("dataset_invalid", f"{stray[0]!r} is not in a class folder ({len(stray)} such files)", "Use CLASS/IMAGE paths, one folder a class.")
-    classes = sorted({parts[0] for parts in images.values()})
-    ordered = sorted(images, key=lambda name: images[name])
-    writer = _Writer(folder, pictures=True)
-    names, labels, unreadable, sizes = [], [], [], collections.Counter[tuple[int, ...]]()
-    for name in ordered:
-        data = b"".join(_read(archive, members[name]))
+        inner = next((name for name in sorted(members) if name.lower().endswith(NESTED)), None)
+        if inner is not None:
+            raise Refusal("unsafe_file", f"the archive holds another archive, {inner!r}", "Upload the inner archive itself.")
+        endings = ", ".join(sorted(pictures.ENDINGS))
+        raise Refusal("dataset_invalid", f"none of the {len(members)} files is an image", f"Use one folder a class with {endings} files.")
+    shared = _common_top(images)
+    csv_files = [name for name in members if name.lower().endswith((".csv", ".tsv"))]
+    annotated = {name.rsplit(".", 1)[0]: name for name in members if name.endswith((".cls", ".json"))}
+    if len(csv_files) == 1:
+        found = tables.match(tables.csv_labels(members[csv_files[0]]), images, csv_files[0])
+        layout, kept = "csv", sorted(found)
+        labels: list[Any] = [found[name] for name in kept]
+    elif len(csv_files) > 1:
+        raise Refusal("dataset_invalid", f"the archive has {len(csv_files)} CSV files: {sorted(csv_files)[:4]}", "Leave the one with the labels.")
+    elif annotated and all(name.rsplit(".", 1)[0] in annotated for name in images):
+        layout, kept = "webdataset", images
+        labels = [_annotation(members[annotated[name.rsplit(".", 1)[0]]]) for name in images]
+    else:
+        depths = {len(name.split("/")) - shared for name in images}
+        if depths == {1}:
+            layout, kept, labels = "flat", images, [None] * len(images)
+        elif depths != {2}:
+            splits = {name.split("/")[shared] for name in images} if depths == {3} else set()
+            if splits and splits <= SPLITS:
+                raise Refusal("dataset_invalid", f"the archive holds {len(splits)} sets: {sorted(splits)}", "Upload each of them as a data set of its own.")
+            stray = [name for name in images if len(name.split("/")) - shared != 2]
+            raise Refusal("dataset_invalid", f"{stray[0]!r} is not in a class folder ({len(stray)} such files)", "Use CLASS/IMAGE paths, one folder a class.")
+        else:
+            layout, labels = "class_folders", [name.split("/")[shared] for name in images]
+            kept = [name for _, name in sorted(zip(labels, images, strict=True))]
+            labels = sorted(labels)
+    order = next((members[name] for name in members if name.rsplit("/", 1)[-1] == ORDER), None)
+    given = _listed(order) if order is not None else []
+    unused = sorted(set(members) - set(kept) - set(csv_files) - set(annotated.values()) - ({order.name} if order else set()))
+    rows = ((name, members[name].read, label) for name, label in zip(kept, labels, strict=True))
+    return _collect(layout, rows, folder, given) | {"ignored": unused[:20]}
+
+
+def _common_top(names: list[str]) -> int:
+    """Return how many top folders all names share that are no class folders: two levels must be left below them."""
+    parts = [name.split("/") for name in names]
+    shared = 0
+    while all(len(one) > shared + 2 for one in parts) and len({one[shared] for one in parts}) == 1:
+        shared += 1
+    return shared
+
+
+def _annotation(member: Member) -> Any:
+    """Return the label that a WebDataset sample's .cls or .json gives."""
+    if member.size > 1 << 20:
+        raise Refusal("too_large", f"{member.name} has {member.size} bytes", "A sample's label is short.")
+    text = member.read().decode("utf-8", "replace").strip()
+    if member.name.endswith(".cls"):
+        return text
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Refusal("dataset_invalid", f"{member.name} is not JSON: {error}", "Give a label a sample.") from error
+    value = next((content[key] for key in tables.LABEL_COLUMNS if key in content), None) if isinstance(content, dict) else content
+    if not isinstance(value, (int, str)) or isinstance(value, bool):
+        raise Refusal("dataset_invalid", f"{member.name} has no label", f"Give one of {', '.join(tables.LABEL_COLUMNS)}.")
+    return value
+
+
+def _listed(member: Member) -> list[str]:
+    """Return the class names of `classes.txt`, one a line, in the order of the labels."""
+    if member.size > 16 << 20:
+        raise Refusal("too_large", f"{member.name} has {member.size} bytes", "Give one class name a line.")
+    names = [line.strip() for line in member.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    if len(set(names)) != len(names) or not names:
+        raise Refusal("dataset_invalid", f"{member.name} is empty or names a class twice", "Give one class name a line.")
+    return [printable(name) for name in names]
+
+
+def _numbered(labels: list[Any], given: list[str]) -> tuple[list[int] | None, list[str]]:
+    """Return class indices and class names of labels as they were found: indices, names, or none at all.
+
+    Names are numbered in the order of `given`, or alphabetically.
+    """
+    if all(label is None for label in labels):
+        return None, given
+    if any(label is None for label in labels):
+        raise Refusal("dataset_invalid", f"{sum(label is None for label in labels)} of {len(labels)} images have no label", "Label all images, or none.")
+    if all(isinstance(label, int) or (isinstance(label, str) and label.isascii() and label.isdigit() and len(label) < 10) for label in labels):
+        numbers = tables.checked_labels(np.asarray([int(label) for label in labels])).tolist()
+        if given and max(numbers) >= len(given):
+            raise Refusal("dataset_invalid", f"label {max(numbers)} has no name among {len(given)}", "Give one class name a label.")
+        return numbers, given
+    names = [printable(str(label)) for label in labels]
+    classes = given or sorted(set(names))
+    unknown = sorted(set(names) - set(classes))
+    if unknown:
+        raise Refusal("dataset_invalid", f"class {unknown[0]!r} is not in {ORDER}", f"List every class in {ORDER}, or leave it out.")
+    index = {name: number for number, name in enumerate(classes)}
+    return [index[name] for name in names], classes
+
+
+def _collect(layout: str, rows: Iterable[tuple[str, Callable[[], bytes], Any]], folder: Path, given: list[str]) -> dict[str, Any]:
+    """Decode pictures one by one into the tensor file; unreadable ones are listed, equal ones counted."""
+    writer = Writer(folder, pictures=True)
+    names: list[str] = []
+    labels: list[Any] = []
+    unreadable: list[dict[str, str]] = []
+    sizes = collections.Counter[tuple[int, ...]]()
+    # Class folders keep their meaning when all of one folder's pictures are unreadable.
+    found: list[Any] = []
+    for name, read, label in rows:
+        found.append(label)
         try:
-            array = _decode(data)
-        except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError, IndexError, KeyError) as error:
+            array = pictures.decode(read())
+        except pictures.UNREADABLE as error:
             unreadable.append({"name": name, "reason": printable(str(error))[:200]})
             continue
         sizes[array.shape[:2]] += 1
@@ -135,189 +178,75 @@ def _class_folders(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo]
             )
         writer.add(array)
         names.append(name)
-        labels.append(classes.index(images[name][0]))
+        labels.append(label)
     if not names:
-        raise Refusal("dataset_invalid", f"none of {len(images)} images can be read; the first: {unreadable[0]['reason']}", "Check the files.")
-    shape = writer.finish(np.asarray(labels, dtype="<i8"))
-    ignored = sorted(set(members) - set(images))[:20]
-    return _describe("class_folders", shape, labels, classes, names) | {"unreadable": unreadable, "ignored": ignored}
+        total = len(unreadable)
+        reason = f"; the first: {unreadable[0]['reason']}" if unreadable else ""
+        raise Refusal("dataset_invalid", f"none of {total} images can be read{reason}", "Check the files.")
+    # A folder is a class by its name, also if that is a number; elsewhere numbers are class indices.
+    if layout == "class_folders" and not given:
+        given = sorted({str(label) for label in found})
+    if layout == "class_folders":
+        index = {name: number for number, name in enumerate(given)}
+        unknown = sorted({str(label) for label in found} - set(index))
+        if unknown:
+            raise Refusal("dataset_invalid", f"class {unknown[0]!r} is not in {ORDER}", f"List every class in {ORDER}, or leave it out.")
+        numbers: list[int] | None = [index[str(label)] for label in labels]
+        classes = given
+    else:
+        numbers, classes = _numbered(labels, given)
+    shape = writer.finish(None if numbers is None else np.asarray(numbers, dtype="<i8"))
+    return _describe(layout, shape, numbers, classes, names, writer) | {"unreadable": unreadable}
 
 
-def _decode(data: bytes) -> np.ndarray:
-    """Return an image as (H, W, 3) uint8, upright."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(_buffer(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} are taken")
-            if min(image.size) < 1:
-                raise ValueError("no pixels")
-            upright = image if image.format in ("PNG", "WEBP", "BMP", "PPM", "GIF") else ImageOps.exif_transpose(image)
-            return np.asarray(upright.convert("RGB"))
+def _npz(members: dict[str, Member], folder: Path) -> dict[str, Any]:
+    found = tables.npz(members)
+    writer = Writer(folder, pictures=False)
+    for block in found.blocks:
+        writer.add_many(block)
+    shape = writer.finish(found.labels)
+    numbers = None if found.labels is None else found.labels.tolist()
+    return _describe("npz", shape, numbers, found.class_names, [], writer)
 
 
-def _buffer(data: bytes) -> BinaryIO:
-    import io
-
-    return io.BytesIO(data)
-
-
-# -- arrays --------------------------------------------------------------------------------------------------------
+def _cifar(members: dict[str, Member], folder: Path) -> dict[str, Any]:
+    images, labels, classes, names, unused = tables.cifar(members)
+    writer = Writer(folder, pictures=False)
+    writer.add_many(images)
+    return _describe("cifar", writer.finish(labels), labels.tolist(), classes, names, writer) | {"ignored": unused}
 
 
-def _arrays(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], folder: Path) -> dict[str, Any]:
-    """Read `images` and `labels` of an .npz; headers are checked before any data is read."""
-    found = {name.removesuffix(".npy"): entry for name, entry in members.items()}
-    image_key = next((key for key in ("images", "x", "X", "data", "arr_0") if key in found), None)
-    label_key = next((key for key in ("labels", "y", "Y", "targets", "arr_1") if key in found), None)
-    if image_key is None:
-        raise Refusal("dataset_invalid", f"the .npz holds {sorted(found)[:10]} but no `images`", "Call the arrays `images` and `labels`.")
-    shape, dtype, stream = _header(archive, found[image_key])
-    if dtype != np.uint8 or len(shape) not in (3, 4) or 0 in shape[1:]:
-        raise Refusal("dataset_invalid", f"`{image_key}` is {dtype} {shape}", "Give uint8 images of shape (N, H, W, C), (N, C, H, W) or (N, H, W).")
-    if not shape[0]:
-        raise Refusal("dataset_invalid", "the data set is empty", "Give at least one image.")
-    if len(shape) == 3:
-        shape = (*shape, 1)
-    channels_first = shape[3] not in (1, 3) and shape[1] in (1, 3)
-    if not channels_first and shape[3] not in (1, 3):
-        raise Refusal(
-            "dataset_invalid", f"`{image_key}` has shape {shape}: neither the last nor the second size is 1 or 3 channels", "Give grey or RGB images."
-        )
-    labels, names = None, []
-    if label_key is not None:
-        labels = _small_array(archive, found[label_key], label_key)
-        if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != shape[0]:
-            raise Refusal("dataset_invalid", f"`{label_key}` is {labels.dtype} {labels.shape} for {shape[0]} images", "Give one integer a image.")
-        if labels.min() < 0 or labels.max() >= MAX_CLASSES:
-            raise Refusal("dataset_invalid", f"labels run from {labels.min()} to {labels.max()}", "Use class indices 0, 1, 2, ….")
-        labels = labels.astype("<i8")
-    if "class_names" in found:
-        array = _small_array(archive, found["class_names"], "class_names")
-        if array.ndim != 1 or array.dtype.kind != "U":
-            raise Refusal("dataset_invalid", "`class_names` is not a list of strings", "Give an array of unicode strings.")
-        names = [printable(str(name)) for name in array]
-    if labels is not None and names and labels.max() >= len(names):
-        raise Refusal("dataset_invalid", f"label {labels.max()} has no name among {len(names)}", "Give one class name a label.")
-    writer = _Writer(folder, pictures=False)
-    row = int(np.prod(shape[1:]))
-    rows = max(CHUNK // row, 1)
-    for piece in _exactly(stream, shape[0] * row, rows * row):
-        block = np.frombuffer(piece, dtype=np.uint8).reshape(-1, *shape[1:])
-        writer.add_many(np.ascontiguousarray(block.transpose(0, 2, 3, 1)) if channels_first else block)
-    final = writer.finish(labels)
-    described = _describe("npz", final, [] if labels is None else labels.tolist(), names, [])
-    return described | {"labelled": labels is not None, "unreadable": [], "ignored": []}
-
-
-def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any], Iterator[bytes]]:
-    """Return an .npy member's shape and dtype, and the stream of the bytes after its header."""
-    import io
-
-    stream = _read(archive, entry)
-    head = io.BytesIO(next(stream, b""))
+def _parquet_shards(members: list[Member], folder: Path) -> dict[str, Any]:
+    """Read the shards of an archive in the order of their names; each is laid out on disk, where Arrow can map it."""
+    paths = []
+    for number, member in enumerate(members):
+        path = folder / f"shard-{number}.parquet"
+        with path.open("wb") as out:
+            out.writelines(member.pieces())
+        paths.append(path)
     try:
-        version = np.lib.format.read_magic(head)
-        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, dtype = reader(head)
-    except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        raise damaged(f"{entry.filename} is not an array: {error}") from error
-    if dtype.hasobject or dtype.fields is not None:
-        raise Refusal("unsafe_file", f"{entry.filename} holds Python objects", "Save plain numeric arrays.")
-    if fortran and len(shape) > 1:
-        raise Refusal("dataset_invalid", f"{entry.filename} is in Fortran order", "Save np.ascontiguousarray(…).")
-    if any(size < 0 for size in shape) or int(np.prod([int(s) for s in shape], dtype=object)) * dtype.itemsize != entry.file_size - head.tell():
-        raise damaged(f"{entry.filename} claims shape {shape} of {dtype} but has {entry.file_size} bytes")
-
-    def rest() -> Iterator[bytes]:
-        yield head.read()
-        yield from stream
-
-    return shape, dtype, rest()
+        return _parquet(paths, folder)
+    finally:
+        for path in paths:
+            path.unlink()
 
 
-def _small_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> np.ndarray:
-    if entry.file_size > 64 << 20:
-        raise Refusal("too_large", f"`{name}` has {entry.file_size} bytes", "At most 64 MiB are taken.")
-    shape, dtype, stream = _header(archive, entry)
-    return np.frombuffer(b"".join(stream), dtype=dtype).reshape(shape)
+def _parquet(paths: list[Path], folder: Path) -> dict[str, Any]:
+    shards = [tables.parquet(path) for path in paths]
+    given = shards[0][0]
+    if any(names != given for names, _ in shards):
+        raise Refusal("dataset_invalid", "the parquet files name different classes", "Write them with one schema.")
+
+    def rows() -> Iterator[tuple[str, Callable[[], bytes], Any]]:
+        for _, shard in shards:
+            for name, data, label in shard:
+                yield name, lambda data=data: data, label  # type: ignore[misc]
+
+    return _collect("parquet", rows(), folder, given)
 
 
-def _exactly(stream: Iterator[bytes], total: int, size: int) -> Iterator[bytes]:
-    """Regroup a stream into pieces of `size` bytes; the last may be shorter."""
-    waiting = bytearray()
-    given = 0
-    for piece in stream:
-        waiting += piece
-        while len(waiting) >= size:
-            yield bytes(waiting[:size])
-            del waiting[:size]
-            given += size
-    if given + len(waiting) != total:
-        raise damaged(f"the images end after {given + len(waiting)} of {total} bytes")
-    if waiting:
-        yield bytes(waiting)
-
-
-# -- writing -------------------------------------------------------------------------------------------------------
-
-
-class _Writer:
-    """Writes (N, H, W, C) uint8 images and labels as safetensors whose header is filled in at the end."""
-
-    def __init__(self, folder: Path, *, pictures: bool) -> None:
-        self._path = folder / "dataset.safetensors"
-        self._file = self._path.open("w+b")
-        self._file.write(b"\0" * (8 + HEADER))
-        self._shape: tuple[int, ...] = ()
-        self._count = 0
-        # Arrays say how many channels they have; decoded pictures are RGB until all prove grey.
-        self._grey = pictures
-
-    def add(self, image: np.ndarray) -> None:
-        """Append one (H, W, 3) image."""
-        self._grey = self._grey and bool((image[..., 0] == image[..., 1]).all() and (image[..., 0] == image[..., 2]).all())
-        self.add_many(image[None])
-
-    def add_many(self, images: np.ndarray) -> None:
-        """Append (N, H, W, C) images."""
-        self._shape = images.shape[1:]
-        self._count += len(images)
-        self._file.write(images.tobytes())
-
-    def finish(self, labels: np.ndarray | None) -> tuple[int, ...]:
-        """Write labels and header; return the final (N, H, W, C). Pictures that are all grey keep one channel."""
-        if self._shape[-1] == 3 and self._grey and self._count:
-            self._drop_colour()
-        shape = (self._count, *self._shape)
-        size = int(np.prod(shape))
-        header: dict[str, Any] = {"images": {"dtype": "U8", "shape": list(shape), "data_offsets": [0, size]}}
-        self._file.seek(8 + HEADER + size)
-        self._file.truncate()
-        if labels is not None:
-            # safetensors wants 8-byte items anywhere; only the order and the absence of holes matter.
-            header["labels"] = {"dtype": "I64", "shape": [len(labels)], "data_offsets": [size, size + labels.nbytes]}
-            self._file.write(labels.tobytes())
-        text = json.dumps(header).encode().ljust(HEADER)
-        self._file.seek(0)
-        self._file.write(HEADER.to_bytes(8, "little") + text)
-        self._file.close()
-        return shape
-
-    def _drop_colour(self) -> None:
-        row = int(np.prod(self._shape))
-        rows = max(CHUNK // row, 1)
-        for start in range(0, self._count, rows):
-            count = min(rows, self._count - start)
-            self._file.seek(8 + HEADER + start * row)
-            grey = np.frombuffer(self._file.read(count * row), dtype=np.uint8)[::3].tobytes()
-            self._file.seek(8 + HEADER + start * row // 3)
-            self._file.write(grey)
-        self._shape = (*self._shape[:2], 1)
-
-
-def _describe(layout: str, shape: tuple[int, ...], labels: list[int], classes: list[str], names: list[str]) -> dict[str, Any]:
-    counts = collections.Counter(labels)
+def _describe(layout: str, shape: tuple[int, ...], labels: list[int] | None, classes: list[str], names: list[str], writer: Writer) -> dict[str, Any]:
+    counts = collections.Counter(labels or ())
     total = max(len(classes), max(counts, default=-1) + 1)
     return {
         "layout": layout,
@@ -325,8 +254,11 @@ def _describe(layout: str, shape: tuple[int, ...], labels: list[int], classes: l
         "height": shape[1],
         "width": shape[2],
         "channels": shape[3],
-        "labelled": bool(labels),
+        "labelled": labels is not None,
         "class_names": classes,
-        "per_class": [counts.get(label, 0) for label in range(total)],
+        "per_class": [counts.get(label, 0) for label in range(total)] if labels is not None else [],
         "names": names,
+        "unreadable": [],
+        "ignored": [],
+        "duplicates": {"count": len(writer.duplicates), "first": [[names[index] if names else index for index in pair] for pair in writer.duplicates[:20]]},
     }

@@ -43,11 +43,19 @@ class TensorRecord:
     stride: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Inert:
     """An object of a harmless kind, of which nothing is kept but the kind."""
 
     kind: str
+
+
+@dataclass
+class Recorded(Inert):
+    """An object of a harmless kind with what the pickle would have given it; for readers that know what to do with it."""
+
+    arguments: tuple[Any, ...]
+    state: Any = None
 
 
 STORAGES = {
@@ -76,10 +84,12 @@ class Interpreter:
 
     Args:
         storage: called with each persistent id; returns the storage it names.
+        record: keep the arguments and state of harmless objects (`Recorded`) instead of dropping them.
     """
 
-    def __init__(self, storage: Callable[[Any], Storage]) -> None:
+    def __init__(self, storage: Callable[[Any], Storage], *, record: bool = False) -> None:
         self._storage = storage
+        self._record = record
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
@@ -162,8 +172,10 @@ class Interpreter:
             stack.append(Inert(stack.pop().name))
         elif name == "BUILD":
             # The state of an OrderedDict (`_metadata`) or of a stub says nothing about weights.
-            stack.pop()
-            if not isinstance(stack[-1], (dict, Inert)):
+            state = stack.pop()
+            if isinstance(stack[-1], Recorded):
+                stack[-1].state = state
+            elif not isinstance(stack[-1], (dict, Inert)):
                 raise Refusal("unsafe_file", f"the pickle sets attributes of a {type(stack[-1]).__name__} at byte {position}", _ADVICE)
         else:
             raise Refusal("unsafe_file", f"the pickle uses opcode {name} at byte {position}", _ADVICE)
@@ -201,7 +213,12 @@ class Interpreter:
             return arguments[0]
         if function.name in STORAGES:
             raise Refusal("unsafe_file", f"the pickle makes a storage without bytes at byte {position}", _ADVICE)
-        return Inert(function.name)
+        if not self._record:
+            return Inert(function.name)
+        if function.name == "_codecs.encode" and len(arguments) == 2 and isinstance(arguments[0], str) and arguments[1] in ("latin1", "latin-1"):
+            # How Python 3 writes bytes for Python 2.
+            return arguments[0].encode("latin-1")
+        return Recorded(function.name, arguments)
 
 
 _ADVICE = "Save only tensors: torch.save(model.state_dict(), path), or safetensors."
@@ -217,6 +234,6 @@ def _pairs(items: list[Any]) -> dict[Any, Any]:
     found = {}
     for key, value in zip(items[::2], items[1::2], strict=True):
         # Keys other than these never lead to weights; hashing a stranger's tuple of colliding integers is slow.
-        if isinstance(key, (str, int)) and not (isinstance(key, int) and key.bit_length() > 64):
+        if isinstance(key, (str, bytes, int)) and not (isinstance(key, int) and key.bit_length() > 64):
             found[key] = value
     return found
