@@ -124,8 +124,10 @@ def build(tensors: dict[str, torch.Tensor], architecture: Architecture, preproce
     wanted = network.state_dict()
     given = {architecture.ours(name): value for name, value in tensors.items()}
     # Older checkpoints lack the counter; nothing in a forward pass reads it.
-    given = {name: given.get(name, value) for name, value in wanted.items()}
-    network.load_state_dict({name: given[name].to(wanted[name].dtype) for name in wanted})
+    # Filled in place: the network's own dictionary also says which version of each module it is.
+    for name, value in wanted.items():
+        wanted[name] = given.get(name, value).to(value.dtype)
+    network.load_state_dict(wanted)
     return Classifier(network, architecture, preprocessing).eval()
 
 

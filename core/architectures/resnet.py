@@ -64,6 +64,9 @@ def variants(shapes: Shapes) -> list[Architecture]:
     if stem is None or head is None or len(stem) != 4 or "bn1.weight" not in shapes or "layer1.0.conv1.weight" not in shapes or "fc_aux.weight" in shapes:
         return []
     lengths = tuple(count_blocks(shapes, f"layer{layer}.") for layer in (1, 2, 3, 4))
+    # ResNeXt and wide ResNets have the same names and other widths.
+    if shapes.get("layer1.0.conv2.weight", ())[:2] != (64, 64):
+        return []
     depth = DEPTHS.get((lengths, "layer1.0.conv3.weight" in shapes))
     if depth is None:
         return []

@@ -278,6 +278,33 @@ def test_an_encoder_with_a_classifier_of_its_own_is_a_resnet() -> None:
     assert all(found.theirs(found.ours(key)) == key for key in theirs)
 
 
+def test_the_index_of_torchvision_is_current() -> None:
+    from core.architectures import torchvision_whole
+
+    assert torchvision_whole.index() == torchvision_whole._index()
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("resnext50-32x4d", 64), ("shufflenet-v2-x0-5", 64), ("mnasnet0-5", 64), ("efficientnet-b1", 64), ("alexnet", 224), ("swin-t", 64)]
+)
+def test_whole_torchvision_models_give_torchvisions_outputs(name: str, size: int) -> None:
+    from torchvision import models
+
+    theirs = models.get_model(name.replace("-", "_"), weights=None, num_classes=6).eval()
+    (found,) = recognise({f"module.{key}": tuple(value.shape) for key, value in theirs.state_dict().items()})
+    assert (found.name, found.classes) == (name, 6)
+    ours = weights.build({f"module.{key}": value for key, value in theirs.state_dict().items()}, found, UNIT)
+    images = torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        assert torch.allclose(ours(images), theirs(images), atol=1e-5)
+        assert torch.allclose(ours.head(ours.features(images)), theirs(images), atol=1e-5)
+        assert len(ours.stages(images)) >= 2
+    copy = ours.frozen_copy()
+    with torch.no_grad():
+        assert torch.equal(copy(images), ours(images))
+    assert {found.theirs(key) for key in ours.network.state_dict()} == set(theirs.state_dict())
+
+
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ArchitectureUnknown, match="resnet99") as caught:
         architectures.named("resnet99", classes=2)
