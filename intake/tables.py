@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from intake.archive import Member
+from intake.archive import MAX_RATIO, Member
 from intake.pictures import CHUNK
 from intake.refusal import Refusal, damaged, printable
 from intake.unpickling import Interpreter, Recorded, Storage
@@ -233,7 +233,7 @@ def parquet(path: Path) -> tuple[list[str], Iterator[tuple[str, bytes, int | str
         advice = "Upload a zip of class folders, or ask the operator to install unpoison[parquet]."
         raise Refusal("unsupported_format", "this server does not read parquet", advice) from error
     try:
-        file = pyarrow.parquet.ParquetFile(path, memory_map=True, thrift_string_size_limit=64 << 20, thrift_container_size_limit=1_000_000)
+        file = _open_parquet(pyarrow, path)
         schema = file.schema_arrow
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise damaged(f"the parquet file cannot be read: {printable(str(error))[:200]}") from error
@@ -244,21 +244,34 @@ def parquet(path: Path) -> tuple[list[str], Iterator[tuple[str, bytes, int | str
             "dataset_invalid", f"none of the columns {schema.names[:12]} holds pictures", "Give a column `image` of bytes, or of struct{bytes, path}."
         )
 
+    # A dictionary says a value once for many rows: it stays one value until a row is looked at.
+    leaf = f"{picture}.bytes" if pyarrow.types.is_struct(schema.field(picture).type) else picture
+    file = _open_parquet(pyarrow, path, read_dictionary=[leaf])
+    most = MAX_RATIO * path.stat().st_size + CHUNK
+
     def rows() -> Iterator[tuple[str, bytes, int | str | None]]:
         columns = [picture] + ([label] if label else [])
-        count = 0
+        count = total = 0
         try:
-            for batch in file.iter_batches(batch_size=256, columns=columns, use_threads=False):
+            for batch in file.iter_batches(batch_size=64, columns=columns, use_threads=False):
                 labels = batch.column(label).to_pylist() if label else [None] * batch.num_rows
-                for value, one in zip(batch.column(picture).to_pylist(), labels, strict=True):
-                    data = value.get("bytes") if isinstance(value, dict) else value
+                for cell, one in zip(batch.column(picture), labels, strict=True):
+                    value = cell.as_py()
+                    data = (value.get("bytes") if isinstance(value, dict) else value) or b""
                     name = (value.get("path") if isinstance(value, dict) else None) or f"row-{count}"
-                    yield printable(str(name))[:500], data or b"", one
+                    total += len(data)
+                    if total > most:
+                        raise Refusal("unsafe_file", f"the parquet file would grow to more than {most} bytes", "Write every picture once.")
+                    yield printable(str(name))[:500], data, one
                     count += 1
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise damaged(f"the parquet file cannot be read after row {count}: {printable(str(error))[:200]}") from error
 
     return _hugging_face_names(schema.metadata, label), rows()
+
+
+def _open_parquet(pyarrow: Any, path: Path, **more: Any) -> Any:
+    return pyarrow.parquet.ParquetFile(path, memory_map=True, thrift_string_size_limit=64 << 20, thrift_container_size_limit=1_000_000, **more)
 
 
 def _holds_pictures(pyarrow: Any, kind: Any) -> bool:

@@ -213,6 +213,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "half labelled": (lambda p: half_labelled(p), "dataset_invalid", "1 of 2 images have no label"),
     "parquet of numbers": (lambda p: parquet(p, {"x": [1, 2]}), "dataset_invalid", "none of the columns ['x']"),
     "parquet cut": (lambda p: cut(parquet(p, {"image": [picture()] * 3, "label": [0, 1, 1]}), 200), "damaged_file", "parquet"),
+    "parquet bomb": (lambda p: parquet(p, {"image": [b"\0" * 1_000_000] * 2000}), "unsafe_file", "would grow"),
     "cifar objects": (lambda p: batches(p, pickle.dumps({"data": Marker(), "labels": []})), "unsafe_file", "wants to import"),
     "cifar lengths": (lambda p: batches(p, python2_batch(np.zeros((2, 3072), np.uint8), [1])), "damaged_file", "for 1 labels"),
     "two sizes": (lambda p: archive(p, {"a/1.png": picture(), "a/2.png": picture((9, 9, 3))}), "dataset_invalid", "differ in size: 8x9 and 9x9"),
