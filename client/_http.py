@@ -8,13 +8,12 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 
-from client.errors import ConnectionFailed, DigestMismatch, from_response
-from client.flows import Answer, Flow, Pause, Progress, Request, file_digest
+from client.errors import ConnectionFailed, DigestMismatch, UnpoisonError, from_response
+from client.flows import Answer, Flow, Pause, Request, file_digest
 
 RETRYABLE = frozenset({408, 429, 502, 503, 504})
 BLOCK = 1 << 20
@@ -48,25 +47,30 @@ def _answer(response: httpx.Response) -> Answer:
     return Answer(response.status_code, dict(response.headers), response.json() if response.content and "json" in kind else None)
 
 
-def _pieces(path: Path, progress: Progress | None) -> Iterator[bytes]:
-    total, sent = path.stat().st_size, 0
-    with path.open("rb") as file:
-        while piece := file.read(BLOCK):
+def _pieces(request: Request) -> Iterator[bytes]:
+    assert request.upload is not None
+    total = request.upload.stat().st_size
+    sent, left = request.part or (0, total)
+    with request.upload.open("rb") as file:
+        file.seek(sent)
+        while left and (piece := file.read(min(BLOCK, left))):
             yield piece
             sent += len(piece)
-            if progress is not None:
-                progress(sent, total)
+            left -= len(piece)
+            if request.progress is not None:
+                request.progress(sent, total)
 
 
-async def _async_pieces(path: Path, progress: Progress | None) -> AsyncIterator[bytes]:
-    for piece in _pieces(path, progress):
+async def _async_pieces(request: Request) -> AsyncIterator[bytes]:
+    for piece in _pieces(request):
         yield piece
 
 
 def _arguments(request: Request) -> dict[str, Any]:
     headers = dict(request.headers)
     if request.upload is not None:
-        headers |= {"Content-Type": "application/octet-stream", "Content-Length": str(request.upload.stat().st_size)}
+        length = request.part[1] if request.part else request.upload.stat().st_size
+        headers |= {"Content-Type": "application/octet-stream", "Content-Length": str(length)}
     return {"method": request.method, "url": request.path, "params": request.params, "json": request.json, "headers": headers}
 
 
@@ -122,8 +126,14 @@ class SyncTransport:
                 if isinstance(step, Pause):
                     time.sleep(step.seconds)
                     step = next(flow)
+                    continue
+                try:
+                    answer = self._send(step)
+                except UnpoisonError as error:
+                    # A flow may know how to go on; one that does not lets the error through.
+                    step = flow.throw(error)
                 else:
-                    step = flow.send(self._send(step))
+                    step = flow.send(answer)
         except StopIteration as end:
             return end.value
 
@@ -134,7 +144,7 @@ class SyncTransport:
             try:
                 if download is not None:
                     return self._fetch(request, download)
-                content = _pieces(request.upload, request.progress) if request.upload is not None else None
+                content = _pieces(request) if request.upload is not None else None
                 response = self._http.request(**_arguments(request), content=content)
                 if attempt == self._retries or not _retry(response):
                     return _answer(response)
@@ -202,8 +212,13 @@ class AsyncTransport:
                 if isinstance(step, Pause):
                     await asyncio.sleep(step.seconds)
                     step = next(flow)
+                    continue
+                try:
+                    answer = await self._send(step)
+                except UnpoisonError as error:
+                    step = flow.throw(error)
                 else:
-                    step = flow.send(await self._send(step))
+                    step = flow.send(answer)
         except StopIteration as end:
             return end.value
 
@@ -214,7 +229,7 @@ class AsyncTransport:
             try:
                 if download is not None:
                     return await self._fetch(request, download)
-                content = _async_pieces(request.upload, request.progress) if request.upload is not None else None
+                content = _async_pieces(request) if request.upload is not None else None
                 response = await self._http.request(**_arguments(request), content=content)
                 if attempt == self._retries or not _retry(response):
                     return _answer(response)

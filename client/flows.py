@@ -10,16 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from client.errors import WaitTimeout
+from client.errors import ApiError, ConnectionFailed, WaitTimeout
 
 Json = dict[str, Any]
 Progress = Callable[[int, int], None]
+# The larger, the faster; the smaller, the less is sent again when the service itself dies.
+PART = 64 << 20
+PATIENCE = 8
 TERMINAL = frozenset({"succeeded", "failed", "crashed", "cancelled"})
 
 
 @dataclass(frozen=True)
 class Request:
-    """One HTTP request; `upload` streams a file as the body, `download` writes the answer's body to a file."""
+    """One HTTP request; `upload` streams a file (or its `part`: start and length) as the body, `download` writes the answer's body to a file."""
 
     method: str
     path: str
@@ -27,6 +30,7 @@ class Request:
     json: Json | None = None
     headers: dict[str, str] = field(default_factory=dict)
     upload: Path | None = None
+    part: tuple[int, int] | None = None
     download: Path | None = None
     progress: Progress | None = None
 
@@ -59,10 +63,12 @@ def simple(method: str, path: str, **parts: Any) -> Flow:
 
 
 def upload(kind: str, path: Path, *, name: str | None, progress: Progress | None, timeout: float) -> Flow:
-    """Send a file and wait until the service has read it; return the model or dataset."""
+    """Send a file, in parts if it is large, and wait until the service has read it; return the model or dataset."""
     params = {"filename": path.name, **({"name": name} if name else {})}
-    answer = yield Request("POST", f"/v1/{kind}", params=params, upload=path, progress=progress)
-    found: Json = answer.json
+    if path.stat().st_size > PART:
+        found: Json = yield from in_parts(kind, path, params, progress)
+    else:
+        found = (yield Request("POST", f"/v1/{kind}", params=params, upload=path, progress=progress)).json
     until = time.monotonic() + timeout
     while found["status"] == "received":
         if time.monotonic() > until:
@@ -70,6 +76,29 @@ def upload(kind: str, path: Path, *, name: str | None, progress: Progress | None
         yield Pause(1.0)
         found = (yield Request("GET", f"/v1/{kind}/{found['id']}")).json
     return found
+
+
+def in_parts(kind: str, path: Path, params: Json, progress: Progress | None) -> Flow:
+    """Send a file part by part, going on where the service says after every break; return the model or dataset as it is then."""
+    size = path.stat().st_size
+    begun = (yield Request("POST", "/v1/uploads", json={"kind": kind.removesuffix("s"), "bytes": size, **params})).json
+    where, offset, failures, lost = f"/v1/uploads/{begun['id']}", 0, 0, False
+    while offset < size:
+        part = (offset, min(PART, size - offset))
+        sending = Request("PATCH", where, headers={"Upload-Offset": str(offset)}, upload=path, part=part, progress=progress)
+        try:
+            answer = yield Request("HEAD", where) if lost else sending
+        except (ConnectionFailed, ApiError) as error:
+            failures += 1
+            if failures > PATIENCE or (isinstance(error, ApiError) and error.code != "offset_mismatch"):
+                raise
+            lost = True
+            yield Pause(min(0.2 * 2**failures, 10.0))
+            continue
+        arrived = int(answer.headers["upload-offset"])
+        failures, lost, offset = 0 if arrived > offset else failures, False, arrived
+    sha256 = file_digest(path)
+    return (yield Request("POST", f"{where}/complete", json={"sha256": sha256})).json
 
 
 def wait(job_id: str, *, timeout: float | None, seen: Callable[[Json], None] | None) -> Flow:

@@ -16,7 +16,7 @@ from fastapi.openapi.utils import get_openapi
 from prometheus_client import Counter, Histogram
 
 from service import problems, schemas
-from service.api import health, jobs, keys, methods, uploads
+from service.api import health, jobs, keys, methods, transfers, uploads
 from service.context import Context
 from service.reading import Reader
 from store import queue
@@ -51,7 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.context = opened
     app.include_router(uploads.routes(Model, schemas.Model))
     app.include_router(uploads.routes(Dataset, schemas.Dataset))
-    for router in (methods.router, jobs.router, keys.router, health.router):
+    for router in (transfers.router, methods.router, jobs.router, keys.router, health.router):
         app.include_router(router)
     problems.install(app)
     app.add_middleware(RequestIds)

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from store.errors import StoreError
+from store.errors import OffsetMismatch, StoreError
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -37,6 +37,7 @@ CATALOGUE = {
     "not_acceptable": Kind(406, "The resource has no such representation"),
     "not_terminal": Kind(409, "The job is still under way"),
     "in_use": Kind(409, "Something still needs it"),
+    "offset_mismatch": Kind(409, "The upload goes on elsewhere"),
     "not_ready": Kind(409, "The upload cannot be used"),
     "too_large": Kind(413, "The body is too large"),
     "unsupported_media_type": Kind(415, "The body has an unsupported media type"),
@@ -106,7 +107,8 @@ def install(app: FastAPI) -> None:
 
     async def store(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, StoreError)
-        return response(request, Problem(error.code if error.code in CATALOGUE else "internal", error.detail))
+        headers = {"Upload-Offset": str(error.offset)} if isinstance(error, OffsetMismatch) else None
+        return response(request, Problem(error.code if error.code in CATALOGUE else "internal", error.detail, headers=headers))
 
     async def validation(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

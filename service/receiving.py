@@ -15,6 +15,7 @@ from typing import BinaryIO
 from fastapi import Request
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect
 
 from service.problems import Problem
 from store.objects import NO_SPACE
@@ -132,6 +133,34 @@ async def receive(request: Request, folder: Path, *, limit: int) -> Received:
         await sink.abandon()
         raise
     return received
+
+
+async def receive_part(request: Request, folder: Path, *, limit: int) -> Received:
+    """Take part of a file as the raw body; what has arrived when the client goes away is a shorter part.
+
+    Raises `Problem`: `too_large` for more than `limit` bytes, `storage_full`.
+    """
+    try:
+        sink = _Sink(folder / uuid.uuid4().hex, limit)
+    except OSError as error:
+        raise _full(error) from error
+    try:
+        try:
+            async for piece in _body(request):
+                await sink.feed(piece)
+        except ClientDisconnect:
+            # The part ends here; the client asks how far it came.
+            pass
+        except Problem as problem:
+            if problem.code == "too_large":
+                raise
+        return Received(sink.path, await sink.close(), sink.bytes)
+    except OSError as error:
+        await sink.abandon()
+        raise _full(error) from error
+    except BaseException:
+        await sink.abandon()
+        raise
 
 
 async def _drain(request: Request) -> None:

@@ -109,6 +109,43 @@ def _upload(row: tables.Model | tables.Dataset) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class NewTransfer(Incoming):
+    """A file that will arrive in parts."""
+
+    kind: Literal["model", "dataset"]
+    bytes: int = Field(ge=1, le=2**53 - 1, description="How large the whole file is.")
+    filename: NoNul = ""
+    name: NoNul = ""
+
+
+class Completion(Incoming):
+    """What the parts must add up to."""
+
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] = Field(description="Of the whole file, in hex.")
+
+
+class Transfer(BaseModel):
+    """A file that arrives in parts."""
+
+    id: str
+    object: Literal["upload"] = "upload"
+    kind: Literal["model", "dataset"]
+    filename: str
+    bytes: int
+    offset: int = Field(description="How many bytes have arrived: where the next part begins.")
+    result_id: str | None = Field(description="The model or dataset it became.")
+    created_at: Time
+    expires_at: Time
+
+    @classmethod
+    def of(cls, row: tables.Transfer) -> Transfer:
+        """Return the JSON form of a row."""
+        return cls(
+            id=row.id, kind=row.kind, filename=row.filename, bytes=row.bytes, offset=row.offset, result_id=row.result_id,
+            created_at=row.created_at, expires_at=row.expires_at,
+        )  # fmt: skip
+
+
 class Method(BaseModel):
     """A defense or an attack of the catalogue."""
 

@@ -35,6 +35,20 @@ class NotReady(StoreError):
     code = "not_ready"
 
 
+class OffsetMismatch(StoreError):
+    """The part does not begin where the last one ended, or parts are missing.
+
+    Attributes:
+        offset: where to go on.
+    """
+
+    code = "offset_mismatch"
+
+    def __init__(self, detail: str, offset: int) -> None:
+        super().__init__(detail)
+        self.offset = offset
+
+
 class NotTerminal(StoreError):
     """The job is still under way."""
 

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from store import ids, states
 from store.database import now
 from store.errors import InUse, NotFound, NotReady
-from store.tables import Artifact, Checkpoint, Dataset, Job, Model, Object
+from store.tables import Artifact, Checkpoint, Dataset, Job, Model, Object, TransferPart
 
 Row = TypeVar("Row", Model, Dataset)
 RECEIVED, READY, REJECTED = "received", "ready", "rejected"
@@ -160,7 +160,8 @@ def unreferenced(session: Session, *, older_than_seconds: float) -> list[str]:
     needed = [
         sa.select(column)
         for column in (
-            Model.sha256, Model.safe_sha256, Dataset.sha256, Dataset.safe_sha256, Dataset.details_sha256, Artifact.sha256, Checkpoint.sha256
+            Model.sha256, Model.safe_sha256, Dataset.sha256, Dataset.safe_sha256, Dataset.details_sha256, Artifact.sha256, Checkpoint.sha256,
+            TransferPart.sha256,
         )
     ]  # fmt: skip
     old = sa.select(Object.sha256).where(Object.touched_at < now() - older_than_seconds)

@@ -27,6 +27,7 @@ class Settings(BaseSettings):
     engine_memory_bytes: int | None = Field(default=None, description="Address-space limit of the engine; None: no limit (CUDA maps a lot).")
     engine_file_bytes: int = Field(default=64 << 30, description="Largest file the engine may write.")
     max_upload_bytes: int = Field(default=16 << 30, gt=0, description="Largest upload.")
+    transfer_seconds: float = Field(default=86_400.0, gt=0, description="How long an upload in parts is kept without a new part.")
     intake_seconds: float = Field(default=1800.0, gt=0, description="Longest time one file may take to read.")
     intake_wait_seconds: float = Field(default=20.0, ge=0, description="How long an upload's answer waits for the file to be read.")
     sandbox: str = Field(default="best_effort", pattern="^(best_effort|required)$", description="`required`: not ready unless the fence proves itself.")

@@ -175,3 +175,34 @@ class Idempotency(Table):
     fingerprint: Mapped[str] = mapped_column(String(64))
     answer: Mapped[dict[str, Any]] = mapped_column(Json)
     expires_at: Mapped[float] = mapped_column(Float(53), index=True)
+
+
+class Transfer(Table):
+    """A file that arrives in parts.
+
+    Attributes:
+        offset: how many bytes have arrived and are kept.
+        result_id: the model or dataset it became.
+    """
+
+    __tablename__ = "transfer"
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    tenant: Mapped[str] = mapped_column(Id)
+    kind: Mapped[str] = mapped_column(String(16))
+    name: Mapped[str] = mapped_column(String(200))
+    filename: Mapped[str] = mapped_column(String(255))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    offset: Mapped[int] = mapped_column(BigInteger)
+    result_id: Mapped[str | None] = mapped_column(Id)
+    created_at: Mapped[float] = mapped_column(Float(53))
+    expires_at: Mapped[float] = mapped_column(Float(53), index=True)
+
+
+class TransferPart(Table):
+    """Bytes of a transfer, kept as an object."""
+
+    __tablename__ = "transfer_part"
+    transfer_id: Mapped[str] = mapped_column(ForeignKey("transfer.id", ondelete="CASCADE"), primary_key=True)
+    offset: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64), index=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import structlog
 
-from store import idempotency, ids, jobs, library
+from store import idempotency, ids, jobs, library, transfers
 from store.database import Database
 from store.errors import LostLease, NotFound, StoreUnavailable
 from store.objects import Objects
@@ -422,6 +422,7 @@ def tidy(settings: Settings, database: Database, objects: Objects) -> None:
     with database.write() as session:
         gone = library.unreferenced(session, older_than_seconds=3600)
         idempotency.forget_expired(session)
+        transfers.forget_expired(session)
     for sha256 in gone:
         objects.delete(sha256)
     # Longer than the longest reading of an upload, which keeps a folder there.

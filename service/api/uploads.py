@@ -58,20 +58,8 @@ def routes(table: type[Model] | type[Dataset], shape: Any) -> APIRouter:
         folder = opened.objects.incoming(opened.settings.scratch)
         started = time.perf_counter()
         received = await receive(request, folder, limit=opened.settings.max_upload_bytes)
-        received.filename = _basename(filename or received.filename) or word
-        row = await asyncio.to_thread(_keep, opened, caller, table, received, (name or received.fields.get("name", "")) or received.filename)
-        stored = time.perf_counter()
-        await opened.reader.read(table, row.id, row.sha256)
-        row = await asyncio.to_thread(_get, opened, caller, table, row.id)
-        if row.status == library.REJECTED:
-            refusal = row.refusal or {}
-            code = refusal["code"] if refusal["code"] in problems.CATALOGUE else "unsafe_file"
-            raise Problem(code, f"{refusal['message']}. {refusal['advice']}", headers={"Location": f"/v1/{word}s/{row.id}"})
-        timing = f"receive;dur={1000 * (stored - started):.1f}, read;dur={1000 * (time.perf_counter() - stored):.1f}"
-        response.headers["Server-Timing"] = timing
-        response.headers["Location"] = f"/v1/{word}s/{row.id}"
-        response.headers["Cache-Control"] = "no-store"
-        return shape.of(row)
+        received.filename = basename(filename or received.filename) or word
+        return await admit(opened, caller, table, shape, response, received, name or received.fields.get("name", ""), started)
 
     @router.get("", response_model=schemas.Page[shape], responses=documented("not_found"), operation_id=f"list_{word}s", summary=f"List {word}s")
     def listing(request: Request, response: Response, opened: Opened, caller: Reading, limit: Limit = 20, after: After = None, order: Order = "desc") -> Any:
@@ -106,6 +94,23 @@ def routes(table: type[Model] | type[Dataset], shape: Any) -> APIRouter:
     return router
 
 
+async def admit(opened: Context, caller: Caller, table: Any, shape: Any, response: Response, received: Received, name: str, started: float) -> Any:
+    """Store a received file, have it read, and answer with the model or dataset; raises `Problem` with the reader's refusal."""
+    word = table.__tablename__
+    row = await asyncio.to_thread(_keep, opened, caller, table, received, name or received.filename)
+    stored = time.perf_counter()
+    await opened.reader.read(table, row.id, row.sha256)
+    row = await asyncio.to_thread(_get, opened, caller, table, row.id)
+    if row.status == library.REJECTED:
+        refusal = row.refusal or {}
+        code = refusal["code"] if refusal["code"] in problems.CATALOGUE else "unsafe_file"
+        raise Problem(code, f"{refusal['message']}. {refusal['advice']}", headers={"Location": f"/v1/{word}s/{row.id}"})
+    response.headers["Server-Timing"] = f"receive;dur={1000 * (stored - started):.1f}, read;dur={1000 * (time.perf_counter() - stored):.1f}"
+    response.headers["Location"] = f"/v1/{word}s/{row.id}"
+    response.headers["Cache-Control"] = "no-store"
+    return shape.of(row)
+
+
 def _keep(opened: Context, caller: Caller, table: Any, received: Received, name: str) -> Any:
     """Store the bytes, then the row; the object is touched first so that no sweep takes it in between."""
     try:
@@ -126,7 +131,8 @@ def _get(opened: Context, caller: Caller, table: Any, upload_id: str) -> Any:
         return library.get(session, table, upload_id, caller.tenant)
 
 
-def _basename(filename: str) -> str:
+def basename(filename: str) -> str:
+    """Return the last part of a file's name, printable."""
     return _printable(unquote(filename).replace("\\", "/").rsplit("/", 1)[-1])[:255]
 
 

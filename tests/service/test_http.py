@@ -154,6 +154,7 @@ def test_another_tenants_things_do_not_exist(api: Stack, case: Case) -> None:
         uploaded = upload(owner, case)
         job = uploaded.job(owner)
         key = owner.keys.list()[0]
+        begun = raw(owner).post("/v1/uploads", json={"kind": "model", "bytes": 5}).json()
         document = httpx.get(f"{api.url}/openapi.json").json()
         values = {"job_id": job["id"], "upload_id": uploaded.model["id"], "artifact_id": "art_" + "0" * 26, "key_id": key["id"], "name": "nothing"}
         tried = 0
@@ -161,9 +162,11 @@ def test_another_tenants_things_do_not_exist(api: Stack, case: Case) -> None:
             if "{" not in path:
                 continue
             for method in methods:
-                real = {**values, "upload_id": uploaded.clean["id"] if "datasets" in path else values["upload_id"]}
-                theirs = raw(stranger).request(method, path.format(**real))
-                absent = raw(stranger).request(method, path.format(**{name: value[:-3] + "000" for name, value in real.items()}))
+                kinds = {"datasets": uploaded.clean["id"], "uploads": begun["id"]}
+                real = {**values, "upload_id": kinds.get(path.split("/")[2], values["upload_id"])}
+                more: dict[str, Any] = {"headers": {"Upload-Offset": "0"}, "json": {"sha256": "0" * 64} if path.endswith("/complete") else None}
+                theirs = raw(stranger).request(method, path.format(**real), **more)
+                absent = raw(stranger).request(method, path.format(**{name: value[:-3] + "000" for name, value in real.items()}), **more)
                 assert theirs.status_code == absent.status_code == 404, (method, path, theirs.text)
                 if method != "head":
                     assert theirs.json()["code"] == absent.json()["code"] == "not_found"

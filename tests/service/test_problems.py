@@ -47,6 +47,9 @@ class World:
     def made(self) -> str:
         return str(self.http.post("/v1/jobs", json=self.job()).json()["id"])
 
+    def begun(self) -> str:
+        return str(self.http.post("/v1/uploads", json={"kind": "model", "bytes": 5}).headers["location"])
+
     def put(self, kind: str, data: bytes, **headers: str) -> httpx.Response:
         return self.http.post(f"/v1/{kind}", content=data, headers={"Content-Type": "application/octet-stream", **headers})
 
@@ -129,6 +132,9 @@ PROVOKED: list[tuple[str, str, Callable[[World], httpx.Response]]] = [
     ("not_terminal", "cancel it first", lambda w: w.http.delete(f"/v1/jobs/{w.made()}")),
     ("not_terminal", "wait for its end", lambda w: w.http.post(f"/v1/jobs/{w.made()}/retry")),
     ("in_use", "needs model", in_use),
+    ("offset_mismatch", "0 of 5 bytes", lambda w: w.http.post(f"{w.begun()}/complete", json={"sha256": "0" * 64})),
+    ("offset_mismatch", "goes on at byte 0", lambda w: w.http.patch(w.begun(), content=b"x", headers={"Upload-Offset": "3"})),
+    ("too_large", "3000000", lambda w: w.http.post("/v1/uploads", json={"kind": "model", "bytes": 3_000_001})),
     ("not_ready", "rejected", rejected_then_used),
     ("too_large", "3000000", lambda w: w.put("models", b"\0" * 3_000_001)),
     ("too_large", "3000000", lambda w: w.http.post("/v1/models", content=iter([b"\0" * 1_000_000] * 4))),

@@ -1,0 +1,240 @@
+"""Files in parts: cut connections, killed APIs, other tenants, expiry."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import sqlalchemy as sa
+
+from client import ApiError, Client, flows
+from client.errors import NotFound
+from store import transfers
+from store.settings import Settings
+from store.tables import Object, Transfer, TransferPart
+from tests.conftest import Case, StackMaker
+from tests.stack import Stack, kill
+from worker import supervisor
+
+
+def big(path: Path, size: int = 1500) -> Path:
+    with path.open("wb") as out:
+        np.savez(out, images=np.random.default_rng(0).integers(0, 256, (size, 16, 16, 1), dtype=np.uint8), labels=np.arange(size) % 10)
+    return path
+
+
+def begin(http: httpx.Client, path: Path, kind: str = "dataset") -> str:
+    answer = http.post("/v1/uploads", json={"kind": kind, "bytes": path.stat().st_size, "filename": path.name, "name": "in parts"})
+    assert answer.status_code == 201 and answer.headers["location"] == f"/v1/uploads/{answer.json()['id']}", answer.text
+    return str(answer.headers["location"])
+
+
+def send(http: httpx.Client, where: str, offset: int, data: bytes) -> httpx.Response:
+    return http.patch(where, content=data, headers={"Upload-Offset": str(offset), "Content-Type": "application/octet-stream"})
+
+
+def offset_of(http: httpx.Client, where: str) -> int:
+    return int(http.head(where).headers["upload-offset"])
+
+
+def cut(url: str, headers: dict[str, str], data: bytes, after: int) -> None:
+    """Begin a request with all of `data` and close the line after some bytes of it."""
+    host, port = url.removeprefix("http://").split("/")[0].split(":")
+    lines = [
+        f"PATCH /{url.split('/', 3)[3]} HTTP/1.1",
+        f"Host: {host}",
+        f"Content-Length: {len(data)}",
+        *(f"{name}: {value}" for name, value in headers.items()),
+    ]
+    with socket.create_connection((host, int(port))) as line:
+        line.sendall("\r\n".join([*lines, "", ""]).encode() + data[:after])
+        # Bytes that the server has not looked at when the line breaks are lost, as they may be.
+        time.sleep(0.1)
+        line.shutdown(socket.SHUT_WR)
+        line.settimeout(20)
+        while line.recv(4096):
+            pass
+
+
+def test_a_file_cut_twenty_times_arrives_whole(make_stack: StackMaker, tmp_path: Path) -> None:
+    stack = make_stack("laptop")
+    server = stack.start_api()
+    path = big(tmp_path / "big.npz")
+    data, chance = path.read_bytes(), random.Random(4)
+    headers = {"Authorization": f"Bearer {stack.make_key()}"}
+    with httpx.Client(base_url=stack.url, headers=headers, timeout=30) as http:
+        where, reached = begin(http, path), []
+        for number in range(20):
+            at = offset_of(http, where)
+            reached.append(at)
+            rest = data[at:]
+            cut(f"{stack.url}{where}", {**headers, "Upload-Offset": str(at)}, rest, chance.randrange(1, max(len(rest) // 10, 2)))
+            if number in (6, 13):
+                kill(server)
+                server = stack.start_api()
+        time.sleep(0.3)
+        at = offset_of(http, where)
+        assert reached == sorted(reached) and len(set(reached)) >= 5 and 0 < at < len(data)
+        assert http.post(f"{where}/complete", json={"sha256": "0" * 64}).json()["code"] == "offset_mismatch"
+        assert send(http, where, at, data[at:]).headers["upload-offset"] == str(len(data))
+        answer = http.post(f"{where}/complete", json={"sha256": hashlib.sha256(data).hexdigest()})
+        assert answer.status_code == 201 and answer.json()["status"] == "ready" and answer.json()["name"] == "in parts", answer.text
+        assert answer.json()["sha256"] == hashlib.sha256(data).hexdigest() and answer.json()["description"]["count"] == 1500
+        assert http.get(f"/v1/datasets/{answer.json()['id']}/content").content == data
+        # Asked again (the answer may have been lost) it is the same data set, and takes no more bytes.
+        again = http.post(f"{where}/complete", json={"sha256": hashlib.sha256(data).hexdigest()})
+        assert again.json()["id"] == answer.json()["id"] == http.get(where).json()["result_id"]
+        assert send(http, where, len(data), b"x").json()["code"] == "offset_mismatch"
+        with stack.database.read() as session:
+            assert session.scalars(sa.select(TransferPart)).all() == []
+
+
+def test_parts_that_do_not_fit_are_refused(api: Stack, case: Case, tmp_path: Path) -> None:
+    data = case.model.read_bytes()
+    with api.client(retries=0) as mine, api.client(retries=0) as other:
+        http: Any = mine._transport._http  # type: ignore[attr-defined]
+        where = begin(http, case.model, "model")
+        wrong = send(http, where, 5, data[5:])
+        assert wrong.status_code == 409 and wrong.headers["upload-offset"] == "0" and wrong.json()["code"] == "offset_mismatch"
+        assert send(http, where, 0, data + b"x").json()["code"] == "too_large" and offset_of(http, where) == 0
+        assert http.patch(where, content=data).json()["code"] == "invalid_parameters"
+        assert send(http, where, 0, data[:1000]).status_code == 204
+        assert send(http, where, 0, data[:1000]).headers["upload-offset"] == "1000"
+        stranger: Any = other._transport._http  # type: ignore[attr-defined]
+        for method, path in (("GET", where), ("PATCH", where), ("DELETE", where), ("POST", f"{where}/complete")):
+            answer = stranger.request(method, path, headers={"Upload-Offset": "1000"}, json={"sha256": "0" * 64} if method == "POST" else None)
+            assert (answer.status_code, answer.json()["code"]) == (404, "not_found"), method
+        assert send(http, where, 1000, data[1000:-1] + b"?").status_code == 204
+        assert http.post(f"{where}/complete", json={"sha256": hashlib.sha256(data).hexdigest()}).json()["code"] == "digest_mismatch"
+        assert http.delete(where).status_code == 204 and http.get(where).status_code == 404
+        assert http.post("/v1/uploads", json={"kind": "model", "bytes": 10**12}).json()["code"] == "too_large"
+
+
+def test_a_refused_file_is_refused_in_parts_too(api: Stack, tmp_path: Path) -> None:
+    (tmp_path / "bad.pt").write_bytes(b"I am a model" * 100)
+    with api.client(retries=0) as client:
+        http: Any = client._transport._http  # type: ignore[attr-defined]
+        where = begin(http, tmp_path / "bad.pt", "model")
+        send(http, where, 0, (tmp_path / "bad.pt").read_bytes())
+        answer = http.post(f"{where}/complete", json={"sha256": hashlib.sha256((tmp_path / "bad.pt").read_bytes()).hexdigest()})
+        assert (answer.status_code, answer.json()["code"]) == (422, "unsupported_format")
+
+
+class Flaky:
+    """A line to a service that breaks after a random number of bytes, a few times."""
+
+    def __init__(self, port: int, breaks: int) -> None:
+        self._target, self._left, self._chance = port, breaks, random.Random(1)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    @property
+    def left(self) -> int:
+        return self._left
+
+    def _serve(self) -> None:
+        while True:
+            near, _ = self._listener.accept()
+            far = socket.create_connection(("127.0.0.1", self._target))
+            threading.Thread(target=self._pump, args=(near, far, True), daemon=True).start()
+            threading.Thread(target=self._pump, args=(far, near, False), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, upwards: bool) -> None:
+        most = self._chance.randrange(20_000, 150_000) if upwards and self._left else 1 << 40
+        try:
+            while (piece := source.recv(8192)) and most > 0:
+                sink.sendall(piece)
+                most -= len(piece)
+            if most <= 0:
+                self._left -= 1
+        except OSError:
+            pass
+        finally:
+            for end in (source, sink):
+                end.close()
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(flows, "PART", 100_000)
+    yield
+
+
+def test_the_client_goes_on_by_itself(service: Stack, tmp_path: Path, small_parts: None) -> None:
+    path = big(tmp_path / "big.npz", 3000)
+    line, told = Flaky(service.port, breaks=4), []
+    with Client(line.url, service.make_key(), retries=1) as client:
+        found = client.datasets.upload(path, progress=lambda sent, total: told.append((sent, total)))
+        assert found["status"] == "ready" and found["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert found["filename"] == "big.npz"
+    assert line.left == 0 and told[-1] == (path.stat().st_size, path.stat().st_size)
+
+
+def test_the_client_gives_up_when_nothing_moves(api: Stack, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows, "PATIENCE", 1)
+    with api.client(retries=0) as client:
+        uploads: Any = client._transport._http  # type: ignore[attr-defined]
+        path = big(tmp_path / "big.npz")
+        original = uploads.request
+
+        def request(**arguments: Any) -> httpx.Response:
+            if arguments["method"] == "PATCH":
+                raise httpx.ConnectError("gone")
+            return original(**arguments)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(uploads, "request", request)
+        with pytest.raises(Exception, match="does not answer"):
+            client.datasets.upload(path)
+
+
+def test_abandoned_uploads_are_forgotten(make_stack: StackMaker, case: Case) -> None:
+    stack = make_stack("laptop", UNPOISON_TRANSFER_SECONDS="1.5")
+    stack.start_api()
+    with stack.client(retries=0) as client:
+        http: Any = client._transport._http  # type: ignore[attr-defined]
+        where = begin(http, case.model, "model")
+        assert send(http, where, 0, b"some bytes").status_code == 204
+        digest = hashlib.sha256(b"some bytes").hexdigest()
+        settings = Settings(data_folder=stack.folder, objects_url=stack.environment["UNPOISON_OBJECTS_URL"])
+        supervisor.tidy(settings, stack.database, stack.objects)
+        assert stack.objects.exists(digest)
+        time.sleep(1.6)
+        assert http.head(where).status_code == 404
+        with stack.database.write() as session:
+            session.execute(sa.update(Object).values(touched_at=Object.touched_at - 7200))
+        supervisor.tidy(settings, stack.database, stack.objects)
+        # The rows go first, then nothing holds the bytes.
+        supervisor.tidy(settings, stack.database, stack.objects)
+        with stack.database.read() as session:
+            assert session.scalars(sa.select(Transfer)).all() == [] == session.scalars(sa.select(TransferPart)).all()
+        assert not stack.objects.exists(digest)
+    with stack.database.read() as session, pytest.raises(Exception, match="may have expired"):
+        transfers.get(session, where.rsplit("/", 1)[-1], "nobody")
+
+
+def test_a_full_disk_keeps_what_had_arrived(make_stack: StackMaker, tmp_path: Path) -> None:
+    stack = make_stack("laptop")
+    stack.start_api(file_bytes=3_000_000)
+    data = os.urandom(5_000_000)
+    with stack.client(retries=0) as client:
+        http: Any = client._transport._http  # type: ignore[attr-defined]
+        (tmp_path / "file").write_bytes(data)
+        where = begin(http, tmp_path / "file", "model")
+        assert send(http, where, 0, data[:1_500_000]).status_code == 204
+        full = send(http, where, 1_500_000, data[1_500_000:])
+        assert (full.status_code, full.json()["code"]) == (507, "storage_full")
+        assert offset_of(http, where) == 1_500_000
+        assert send(http, where, 1_500_000, data[1_500_000:1_600_000]).status_code == 204
+        with pytest.raises((NotFound, ApiError)):
+            client.models.get("mdl_nothing")
