@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from intake import tensorfile
+from intake import archive, tensorfile
 from intake.refusal import Refusal, damaged
 from intake.tensorfile import ITEM_BYTES, Tensor
 from intake.unpickling import STORAGES, Global, Interpreter, Storage, TensorRecord
@@ -27,12 +30,7 @@ def take_in(path: Path, folder: Path) -> dict[str, Any]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        container, value, locate = _open(file, size)
-        if isinstance(value, dict) and container == "safetensors":
-            tensors, wrapper = value, ""
-        else:
-            records, wrapper = find_state_dict(value)
-            tensors = {name: _resolve(name, record, locate) for name, record in records.items()}
+        container, source, tensors, wrapper = _shards(file, size, folder) or _whole(file, size)
         if not tensors:
             raise Refusal("unsupported_format", "the file holds no tensors", "Upload a state dict: torch.save(model.state_dict(), path).")
         if len(tensors) > tensorfile.MAX_TENSORS:
@@ -40,7 +38,7 @@ def take_in(path: Path, folder: Path) -> dict[str, Any]:
         total = sum(tensor.bytes for tensor in tensors.values())
         if total > 4 * size + (1 << 20):
             raise Refusal("unsafe_file", f"{size} bytes would become {total}", "Save every tensor once: `{k: v.clone() for k, v in …}`.")
-        broken = tensorfile.write(file, tensors, folder / "model.safetensors")
+        broken = tensorfile.write(source, tensors, folder / "model.safetensors")
     if broken:
         raise Refusal(
             "weights_not_finite",
@@ -53,6 +51,72 @@ def take_in(path: Path, folder: Path) -> dict[str, Any]:
         "parameters": sum(tensor.items for tensor in tensors.values()),
         "tensors": {name: {"dtype": tensor.dtype, "shape": list(tensor.shape)} for name, tensor in tensors.items()},
     }
+
+
+def _whole(file: BinaryIO, size: int) -> tuple[str, BinaryIO, dict[str, Tensor], str]:
+    """Return container, source, tensors and wrapper of a checkpoint in one file."""
+    container, value, locate = _open(file, size)
+    if container == "safetensors":
+        return container, file, value, ""
+    records, wrapper = find_state_dict(value)
+    return container, file, {name: _resolve(name, record, locate) for name, record in records.items()}, wrapper
+
+
+def _shards(file: BinaryIO, size: int, folder: Path) -> tuple[str, BinaryIO, dict[str, Tensor], str] | None:
+    """Return the same of an archive of safetensors files with their index; None when the file is no such archive.
+
+    The shards are laid out one after the other in a file without a name, so that tensors are found by one offset.
+    """
+    if _is_torch_zip(file):
+        return None
+    members = archive.members(file, size, folder)
+    file.seek(0)
+    names = sorted(name for name in members or () if name.endswith(".safetensors"))
+    if not members or not names:
+        return None
+    index = [name for name in members if name.endswith(".safetensors.index.json")]
+    if len(index) > 1 or (not index and len(names) > 1):
+        raise Refusal(
+            "unsupported_format", f"the archive has {len(names)} safetensors files and {len(index)} indices", "Add the model's one .safetensors.index.json."
+        )
+    source: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  read from until the tensors are written
+    tensors: dict[str, Tensor] = {}
+    where: dict[str, str] = {}
+    for name in names:
+        start = source.seek(0, os.SEEK_END)
+        source.writelines(members[name].pieces())
+        length = source.tell() - start
+        source.seek(start)
+        for key, tensor in tensorfile.read(source, length).items():
+            if key in tensors:
+                raise Refusal("unsafe_file", f"tensor {key} is in {where[key]} and in {name}", "Save the model again.")
+            tensors[key] = replace(tensor, storage_start=tensor.storage_start + start)
+            where[key] = name.rsplit("/", 1)[-1]
+    if index and _weight_map(members[index[0]]) != where:
+        raise damaged(f"{index[0]} does not describe the tensors of the {len(names)} files")
+    return "sharded safetensors", source, tensors, ""
+
+
+def _is_torch_zip(file: BinaryIO) -> bool:
+    """Say whether the file may be what torch.save writes; the strict reader then has the last word."""
+    try:
+        names = zipfile.ZipFile(file).namelist()
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, UnicodeDecodeError):
+        names = []
+    file.seek(0)
+    head = file.read(4)
+    file.seek(0)
+    return head in archive.ZIP and not any(name.endswith(".safetensors") for name in names)
+
+
+def _weight_map(member: archive.Member) -> dict[str, str]:
+    if member.size > MAX_PICKLE:
+        raise Refusal("too_large", f"{member.name} has {member.size} bytes", "An index names each tensor once.")
+    try:
+        found = json.loads(member.read())["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(f"{member.name} is no index: {error}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _open(file: BinaryIO, size: int) -> tuple[str, Any, dict[str, tuple[int, int]]]:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,62 @@ def test_safetensors_pass_through(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "x.bin", metadata={"format": "pt"})
     _, found = take(tmp_path / "x.bin", tmp_path)
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def shards(tmp_path: Path, index: dict[str, str] | None = None, *, twice: bool = False) -> dict[str, bytes]:
+    """A model in two safetensors files and their index, as Hugging Face lays them out."""
+    tensors = {name: value.contiguous() for name, value in state().items()}
+    names, files = sorted(tensors), {}
+    parts = {"model-00001-of-00002.safetensors": names[:4], "model-00002-of-00002.safetensors": names[3 if twice else 4 :]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, tmp_path / file, metadata={"format": "pt"})
+        files[f"model/{file}"] = (tmp_path / file).read_bytes()
+    found = {name: file for file, part in parts.items() for name in part}
+    files["model/model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": found if index is None else index}).encode()
+    return files
+
+
+@pytest.mark.parametrize("container", ["zip", "tar.gz"])
+def test_sharded_safetensors_are_one_model(tmp_path: Path, container: str) -> None:
+    path = tmp_path / "model.bin"
+    files = {**shards(tmp_path), "model/config.json": b"{}"}
+    if container == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
+            for name, data in files.items():
+                out.writestr(name, data)
+    else:
+        with tarfile.open(path, "w:gz") as out:
+            for name, data in files.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                out.addfile(entry, io.BytesIO(data))
+    described, found = take(path, tmp_path)
+    assert described["container"] == "sharded safetensors" and set(found) == set(state())
+    assert all(torch.equal(found[name], value) for name, value in state().items())
+    (tmp_path / "fenced").mkdir()
+    assert door.examine("model", path, tmp_path / "fenced").ready
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"index": {}}, "damaged_file", "does not describe"),
+        ({"index": {"a.weight": "elsewhere"}}, "damaged_file", "does not describe"),
+        ({"twice": True}, "unsafe_file", "tensor b.bool is in"),
+        ({"without": "index.json"}, "unsupported_format", "0 indices"),
+        ({"without": "00002-of-00002.safetensors"}, "damaged_file", "does not describe"),
+    ],
+)
+def test_shards_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any], code: str, words: str) -> None:
+    without = change.pop("without", None)
+    files = {name: data for name, data in shards(tmp_path, **change).items() if not (without and name.endswith(without))}
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as out:
+        for name, data in files.items():
+            out.writestr(name, data)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(Refusal) as refusal:
+        checkpoint.take_in(tmp_path / "x.zip", tmp_path / "out")
+    assert refusal.value.code == code and words in refusal.value.message, refusal.value.message
 
 
 def test_shared_storages_are_written_apart(tmp_path: Path) -> None:
