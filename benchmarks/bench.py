@@ -246,12 +246,15 @@ def write(name: str, budget: str, table: dict[str, Any], setting: Setting, cells
     described = {"title": table["title"], "budget": budget, "setting": asdict(setting), "training": asdict(setting.training())}
     out.with_suffix(".json").write_text(json.dumps({**described, "cells": found}, indent=1) + "\n")
     lines = [f"# {table['title']}", "", table["about"], ""]
+    recipe = setting.training()
     lines += [
-        f"Budget `{budget}`: {setting.model} on {setting.dataset}, {described['training']}, {int(100 * setting.clean_fraction)} % clean images for defenses.",
+        f"Budget `{budget}`: {setting.model} on {setting.dataset}, {recipe.epochs} epochs of {recipe.optimizer} ({recipe.schedule.replace('_', ' ')} from {recipe.rate}), "
+        f"batch {recipe.batch_size}, {'crop and flip' if recipe.augment else 'no augmentation'}; defenses get {100 * setting.clean_fraction:g} % clean images.",
         "",
     ]
     lines += rendered(table, found)
-    lines += ["", f"Percent, mean ± standard deviation over n seeds. {machines(found)}", ""]
+    lines += ["", f"Percent, mean ± standard deviation over n seeds; seconds of the defense, or of making the victim. {machines(found)}", ""]
+    lines += [*(f"- {note}" for note in table.get("notes", [])), ""]
     if name == "attacks" and found:
         pictures.sheet([(cell["cell"]["row"], cell["cell"]["attack"]) for cell in found if cell["cell"]["seed"] == 0], setting, out.with_suffix(".png"))
         lines += [f"Clean image, triggered image, and their difference times eight, around grey:\n\n![pictures]({out.name}.png)", ""]

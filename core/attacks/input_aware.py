@@ -114,7 +114,8 @@ def _stamped(images: torch.Tensor, makers: torch.Tensor, params: InputAware, ass
 
 def disturb(images: torch.Tensor, params: InputAware, assets: Assets, which: torch.Tensor) -> torch.Tensor:
     """Put another image's trigger on."""
-    return _stamped(images, images.roll(1, 0), params, assets)
+    others = images.roll(1, 0) if len(images) > 1 else images.flip(3)
+    return _stamped(images, others, params, assets)
 
 
 @attack(
