@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -223,6 +224,9 @@ def train_victim(setting: Setting, attack: dict[str, Any] | None, seed: int, fol
     preprocessing = next(one for one in weights.PREPROCESSINGS if one.name == setting.preprocessing)
     model = victim.train(run, train, architecture=setting.model, preprocessing=preprocessing, recipe=setting.training())
     weights.save(model, folder / "model.safetensors")
+    events.close()
+    # The checkpoints of the training are as large as the victim, and nobody needs them now.
+    shutil.rmtree(folder / "run")
     keep(folder / "victim.json", {"seconds": round(time.monotonic() - started, 1), "sha256": report.sha256(folder / "model.safetensors"), "machine": machine()})
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core import catalog, evaluation, poisoning, report, weights
 from core.catalog import Inputs, Need, Outcome
@@ -75,8 +75,11 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
     method = catalog.defenses().get(str(spec.defense.get("method")))
     if method is None:
         raise BadJob(f"there is no method {spec.defense.get('method')!r}", f"Methods: {', '.join(catalog.defenses())}.")
-    params = catalog.validate({method.name: method}, spec.defense)
-    attack = catalog.validate(catalog.attacks(), spec.evaluation.attack) if spec.evaluation and spec.evaluation.attack else None
+    try:
+        params = catalog.validate({method.name: method}, spec.defense)
+        attack = catalog.validate(catalog.attacks(), spec.evaluation.attack) if spec.evaluation and spec.evaluation.attack else None
+    except ValidationError as error:
+        raise BadJob(f"the parameters cannot be used: {error}", f"See docs/methods/{method.name}.md.") from error
     assert attack is None or isinstance(attack, AttackParams)
     if spec.clean is None and Need.CLEAN_IMAGES in method.needs:
         raise BadJob(f"{method.name} needs clean images", "Give a data set of them.")

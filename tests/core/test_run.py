@@ -230,6 +230,8 @@ def test_the_engine_says_what_is_wrong(case: Case, tmp_path: Path) -> None:
         ({"defense": {"method": "nothing"}}, "invalid_job", "no method 'nothing'"),
         ({"defense": {"method": "mcldef", "target": 10}}, "invalid_job", "not one of the model's 10 classes"),
         ({"clean": None}, "invalid_job", "needs clean images"),
+        ({"defense": {"method": "mcldef", "epochs": 0}}, "invalid_job", "greater than or equal to 1"),
+        ({"evaluation": {"test": "inputs/test", "attack": {"method": "badnets"}}}, "invalid_job", "target"),
         ({"defense": {"method": "evaluate"}, "evaluation": None}, "invalid_job", "needs a labelled test set"),
         ({"evaluation": {"test": "inputs/test", "attack": {"method": "ssba", "target": 3}}}, "attack_invalid", "has to be trained"),
         ({"evaluation": {"test": "inputs/test", "attack": {"method": "badnets", "target": 3, "right": 14}}}, "attack_invalid", "lies outside"),
