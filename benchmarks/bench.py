@@ -34,7 +34,7 @@ import torch
 from benchmarks import pictures
 from core import catalog, datasets, evaluation, poisoning, report, victim, weights
 from core.catalog import Inputs, Need
-from core.classifier import Classifier
+from core.classifier import Classifier, Preprocessing
 from core.errors import EngineError
 from core.images import ImageSet
 from core.poisoning import AttackParams, Recipe, Triggered
@@ -67,6 +67,10 @@ class Setting:
         """Return how victims are trained."""
         recipe = victim.RECIPES[self.recipe]
         return victim.shortened(recipe, self.epochs) if self.epochs else recipe
+
+    def normalisation(self) -> Preprocessing:
+        """Return the constants that victims are trained with."""
+        return next(one for one in weights.PREPROCESSINGS if one.name == self.preprocessing)
 
 
 @dataclass(frozen=True)
@@ -200,8 +204,7 @@ def trained(setting: Setting, attack: dict[str, Any] | None, seed: int) -> tuple
     with lock(folder / "lock"):
         if not (folder / "victim.json").exists():
             train_victim(setting, attack, seed, folder)
-    preprocessing = next(one for one in weights.PREPROCESSINGS if one.name == setting.preprocessing)
-    model, _ = weights.identify(weights.read(folder / "model.safetensors"), None, architecture=setting.model, preprocessing=preprocessing)
+    model, _ = weights.identify(weights.read(folder / "model.safetensors"), None, architecture=setting.model, preprocessing=setting.normalisation())
     return model, Recipe.load(folder / "recipe.safetensors") if attack is not None else None
 
 
@@ -221,8 +224,7 @@ def train_victim(setting: Setting, attack: dict[str, Any] | None, seed: int, fol
         recipe = poisoning.plan(run, params, train, surrogate)
         recipe.save(folder / "recipe.safetensors")
         train = poisoning.poison(train, recipe).data
-    preprocessing = next(one for one in weights.PREPROCESSINGS if one.name == setting.preprocessing)
-    model = victim.train(run, train, architecture=setting.model, preprocessing=preprocessing, recipe=setting.training())
+    model = victim.train(run, train, architecture=setting.model, preprocessing=setting.normalisation(), recipe=setting.training())
     weights.save(model, folder / "model.safetensors")
     events.close()
     # The checkpoints of the training are as large as the victim, and nobody needs them now.

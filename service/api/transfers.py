@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request, Response
 
 from service import schemas
-from service.api.uploads import FILE, UPLOAD_CODES, admit, basename
+from service.api.uploads import FILE, UPLOAD_CODES, admit, basename, store_bytes
 from service.context import Caller, Context, Opened, Reading, Writing
 from service.problems import Problem, documented
 from service.receiving import Received, receive_part
@@ -111,13 +111,8 @@ def _get(opened: Context, caller: Caller, upload_id: str) -> Any:
 
 
 def _add(opened: Context, caller: Caller, upload_id: str, offset: int, received: Received) -> int:
-    """Store a part's bytes, then its row; the object is touched first so that no sweep takes it in between."""
-    try:
-        with opened.database.write() as session:
-            library.touch(session, received.sha256, received.bytes)
-        opened.objects.adopt(received.path, received.sha256)
-    finally:
-        received.path.unlink(missing_ok=True)
+    """Store a part's bytes, then its row."""
+    store_bytes(opened, received)
     with opened.database.write() as session:
         return transfers.append(
             session, upload_id, caller.tenant, offset=offset, size=received.bytes, sha256=received.sha256, seconds=opened.settings.transfer_seconds

@@ -111,14 +111,19 @@ async def admit(opened: Context, caller: Caller, table: Any, shape: Any, respons
     return shape.of(row)
 
 
-def _keep(opened: Context, caller: Caller, table: Any, received: Received, name: str) -> Any:
-    """Store the bytes, then the row; the object is touched first so that no sweep takes it in between."""
+def store_bytes(opened: Context, received: Received) -> None:
+    """Move a received file into the object store; the object is touched first so that no sweep takes it in between."""
     try:
         with opened.database.write() as session:
             library.touch(session, received.sha256, received.bytes)
         opened.objects.adopt(received.path, received.sha256)
     finally:
         received.path.unlink(missing_ok=True)
+
+
+def _keep(opened: Context, caller: Caller, table: Any, received: Received, name: str) -> Any:
+    """Store the bytes, then the row."""
+    store_bytes(opened, received)
     with opened.database.write() as session:
         return library.add(
             session, table, tenant=caller.tenant, name=_printable(name)[:200], filename=received.filename, sha256=received.sha256,
