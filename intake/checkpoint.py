@@ -150,6 +150,10 @@ def _zip(file: BinaryIO, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
         entries = zipfile.ZipFile(file).infolist()
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, UnicodeDecodeError) as error:
         raise damaged(f"the zip archive cannot be read: {error}") from error
+    # Another reader could take what follows the end for an archive of its own.
+    file.seek(max(size - 22, 0))
+    if file.read(4) != b"PK\x05\x06":
+        raise Refusal("unsafe_file", "something follows the archive's end", "Save the checkpoint again with torch.save.")
     if not entries or len(entries) > MAX_ENTRIES:
         raise damaged(f"the archive has {len(entries)} entries")
     names = [entry.filename for entry in entries]
@@ -187,7 +191,10 @@ def _zip(file: BinaryIO, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
 
     start, entry = members["data.pkl"]
     file.seek(start)
-    value = Interpreter(_persistent).load(io.BytesIO(file.read(entry.file_size)))
+    pickled = io.BytesIO(file.read(entry.file_size))
+    value = Interpreter(_persistent).load(pickled)
+    if pickled.tell() != entry.file_size:
+        raise Refusal("unsafe_file", f"{entry.file_size - pickled.tell()} bytes follow the checkpoint's pickle", "Save the checkpoint again with torch.save.")
     return value, {name[5:]: (start, entry.file_size) for name, (start, entry) in members.items() if name.startswith("data/")}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
@@ -41,6 +41,8 @@ def decode(data: bytes) -> np.ndarray:
                 return np.asarray((ImageOps.exif_transpose(image) if turned else image).convert("RGB"))
         except Image.DecompressionBombWarning as bomb:
             raise ValueError(str(bomb)) from bomb
+        except UnidentifiedImageError as error:
+            raise ValueError(f"it is none of {', '.join(FORMATS)}, or it is damaged") from error
 
 
 class Writer:

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +101,8 @@ def _header(member: Member) -> tuple[tuple[int, ...], np.dtype[Any], Iterator[by
         version = np.lib.format.read_magic(head)
         reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = reader(head)
-    except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        raise damaged(f"{member.name} is not an array: {error}") from error
+    except (ValueError, KeyError, SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError) as error:
+        raise damaged(f"{member.name} is not an array: its header cannot be read") from error
     if dtype.hasobject or dtype.fields is not None:
         raise Refusal("unsafe_file", f"{member.name} holds Python objects", "Save plain numeric arrays.")
     if fortran and len(shape) > 1:
