@@ -25,7 +25,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,9 @@ def planned(table: dict[str, Any], setting: Setting, seeds: int, only: str) -> I
     for seed in range(seeds):
         for row in sorted(rows, key=needs_surrogate):
             for column in columns:
-                yield Cell(setting, row["name"], row.get("attack"), column["name"], column.get("defense"), seed)
+                # A row may ask for a longer training than its table's; its name says so.
+                own = replace(setting, epochs=row["epochs"]) if "epochs" in row and setting.epochs is None else setting
+                yield Cell(own, row["name"], row.get("attack"), column["name"], column.get("defense"), seed)
 
 
 def measure(cells: list[Cell], jobs: int) -> None:
@@ -262,7 +264,7 @@ def write(name: str, budget: str, table: dict[str, Any], setting: Setting, cells
     lines += ["", f"Percent, mean ± standard deviation over n seeds; seconds of the defense, or of making the victim. {machines(found)}", ""]
     lines += [*(f"- {note}" for note in table.get("notes", [])), ""]
     if name == "attacks" and found:
-        pictures.sheet([(cell["cell"]["row"], cell["cell"]["attack"]) for cell in found if cell["cell"]["seed"] == 0], setting, out.with_suffix(".png"))
+        pictures.sheet([cell for cell in cells if cell.path.exists() and cell.attack is not None and cell.seed == 0], out.with_suffix(".png"))
         lines += [f"Clean image, triggered image, and their difference times eight, around grey:\n\n![pictures]({out.name}.png)", ""]
     out.with_suffix(".md").write_text("\n".join(lines))
     return len(cells) - len(found)

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 if TYPE_CHECKING:
-    from benchmarks.bench import Setting
+    from benchmarks.bench import Cell
 
 SCALE, GAP, SHOWN = 3, 6, 3
 
 
-def sheet(attacks: list[tuple[str, dict[str, Any] | None]], setting: Setting, path: Path) -> None:
-    """Draw a row for each (name, attack) from its victim's recipe: three images as clean, triggered, difference times eight."""
+def sheet(cells: list[Cell], path: Path) -> None:
+    """Draw a row for each attack from its victim's recipe: three images as clean, triggered, difference times eight."""
     from benchmarks import bench
 
-    _, test = bench.data(setting.dataset)
+    _, test = bench.data(cells[0].setting.dataset)
     chosen = test.images[torch.arange(SHOWN) * (len(test) // (SHOWN + 1)) + len(test) // (SHOWN + 1)]
     rows = []
-    for name, attack in attacks:
-        if attack is not None:
-            triggered = bench.trained(setting, attack, 0)[1].trigger.stamp(chosen)
-            rows.append((name, [tile for pair in zip(chosen, triggered, strict=True) for tile in (*pair, _difference(*pair))]))
+    for cell in cells:
+        recipe = bench.trained(cell.setting, cell.attack, cell.seed)[1]
+        assert recipe is not None
+        tiles = [tile for pair in zip(chosen, recipe.trigger.stamp(chosen), strict=True) for tile in (*pair, _difference(*pair))]
+        rows.append((cell.row, tiles))
     side = chosen.shape[-1] * SCALE
     canvas = Image.new("RGB", (260 + 3 * SHOWN * (side + GAP), len(rows) * (side + GAP)), "white")
     draw = ImageDraw.Draw(canvas)

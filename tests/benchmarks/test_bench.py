@@ -39,6 +39,7 @@ def test_tables_speak_of_what_exists(path: Path) -> None:
     for budget in ("full", "cpu"):
         assert table[budget]["recipe"] in victim.RECIPES
     assert len({row["name"] for row in table["rows"]}) == len(table["rows"])
+    assert all(str(row["epochs"]) in row["name"] for row in table["rows"] if "epochs" in row)
 
 
 @pytest.fixture
