@@ -74,7 +74,8 @@ def test_an_attack_changes_what_its_mask_says_and_its_recipe_rebuilds_it(name: s
     changed = (stamped != test.images).any(0)
     assert mask.shape == SHAPE and mask.dtype == torch.bool
     assert not (changed & ~mask).any()
-    if name not in FITTED:
+    # Networks may paint anywhere; after a moment's training they do not yet paint everywhere.
+    if name not in ("ssba", "input_aware"):
         assert torch.equal(changed, mask)
     assert stamped.dtype == torch.uint8 and not torch.equal(stamped, test.images)
 
