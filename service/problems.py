@@ -31,6 +31,7 @@ CATALOGUE = {
     "unauthenticated": Kind(401, "A valid API key is needed"),
     "key_expired": Kind(401, "The API key has expired"),
     "insufficient_scope": Kind(403, "The API key may not do this"),
+    "quota_exceeded": Kind(403, "A limit of this tenant has been reached"),
     "not_found": Kind(404, "There is no such thing"),
     "report_not_ready": Kind(404, "The job has no report yet"),
     "method_not_allowed": Kind(405, "The resource does not support this method"),

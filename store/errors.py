@@ -49,6 +49,12 @@ class OffsetMismatch(StoreError):
         self.offset = offset
 
 
+class QuotaExceeded(StoreError):
+    """The tenant has reached a limit."""
+
+    code = "quota_exceeded"
+
+
 class NotTerminal(StoreError):
     """The job is still under way."""
 

@@ -20,7 +20,7 @@ from service.api.uploads import DOWNLOAD
 from service.context import Caller, Context, Opened, Reading, Writing
 from service.lists import After, Limit, Order, linked
 from service.problems import Problem, documented
-from store import idempotency, jobs, library, queue, states
+from store import idempotency, jobs, library, queue, quotas, states
 from store.tables import Artifact, Dataset, Job, Model
 
 router = APIRouter(tags=["jobs"])
@@ -35,7 +35,7 @@ Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cras
 
 @router.post(
     "/v1/jobs", status_code=202, response_model=schemas.Job, operation_id="create_job", summary="Run a defense",
-    responses={**documented("malformed_body", "not_found", "not_ready", "idempotency_key_reused"), 200: {"model": schemas.Plan, "description": "With `validate_only`: what would be done."}},
+    responses={**documented("malformed_body", "quota_exceeded", "not_found", "not_ready", "idempotency_key_reused"), 200: {"model": schemas.Plan, "description": "With `validate_only`: what would be done."}},
 )  # fmt: skip
 def create(
     body: schemas.NewJob,
@@ -54,6 +54,7 @@ def create(
 
     def act(session: Session) -> dict[str, Any]:
         _check(session, caller, body, method)
+        quotas.check_job(session, opened.settings, caller.tenant)
         row = jobs.create(
             session, tenant=caller.tenant, kind=method.kind.value, method=method.name, model_id=body.model_id, dataset_id=body.dataset_id,
             test_dataset_id=body.evaluation.dataset_id if body.evaluation else None, triggered_dataset_id=_triggered_id(body),
@@ -126,7 +127,7 @@ def cancel(job_id: str, response: Response, opened: Opened, caller: Writing) -> 
 
 @router.post(
     "/v1/jobs/{job_id}/retry", status_code=202, response_model=schemas.Job, operation_id="retry_job", summary="Run a job again",
-    responses=documented("not_found", "not_terminal", "not_ready", "idempotency_key_reused"),
+    responses=documented("quota_exceeded", "not_found", "not_terminal", "not_ready", "idempotency_key_reused"),
 )  # fmt: skip
 def retry(job_id: str, opened: Opened, caller: Writing, idempotency_key: IdempotencyKey = None) -> Response:
     """Queue a new job with the same request and seed."""
@@ -134,6 +135,7 @@ def retry(job_id: str, opened: Opened, caller: Writing, idempotency_key: Idempot
     def act(session: Session) -> dict[str, Any]:
         old = jobs.get(session, job_id, caller.tenant)
         if old.status in states.TERMINAL:
+            quotas.check_job(session, opened.settings, caller.tenant)
             _check_inputs(session, caller, old.model_id, (old.dataset_id, old.test_dataset_id, old.triggered_dataset_id))
         return schemas.Job.of(jobs.retry(session, job_id, caller.tenant)).model_dump(mode="json")
 

@@ -18,7 +18,7 @@ from service.api.uploads import FILE, UPLOAD_CODES, admit, basename, store_bytes
 from service.context import Caller, Context, Opened, Reading, Writing
 from service.problems import Problem, documented
 from service.receiving import Received, receive_part
-from store import library, transfers
+from store import library, quotas, transfers
 from store.errors import OffsetMismatch
 from store.objects import CHUNK
 from store.tables import Dataset, Model
@@ -30,7 +30,7 @@ Offset = Annotated[int, Header(alias="Upload-Offset", ge=0, le=2**53 - 1, descri
 
 
 @router.post(
-    "", status_code=201, response_model=schemas.Transfer, responses=documented("malformed_body", "too_large"), operation_id="begin_upload",
+    "", status_code=201, response_model=schemas.Transfer, responses=documented("malformed_body", "quota_exceeded", "too_large"), operation_id="begin_upload",
     summary="Announce a file that arrives in parts",
 )  # fmt: skip
 def begin(body: schemas.NewTransfer, response: Response, opened: Opened, caller: Writing) -> Any:
@@ -39,6 +39,7 @@ def begin(body: schemas.NewTransfer, response: Response, opened: Opened, caller:
         raise Problem("too_large", f"The file has {body.bytes} bytes, at most {opened.settings.max_upload_bytes} are taken.")
     filename = basename(body.filename) or body.kind
     with opened.database.write() as session:
+        quotas.check_upload(session, opened.settings, caller.tenant, body.bytes)
         row = transfers.begin(
             session, tenant=caller.tenant, kind=body.kind, name=body.name, filename=filename, size=body.bytes, seconds=opened.settings.transfer_seconds
         )  # fmt: skip

@@ -14,7 +14,8 @@ from service.context import Caller, Context, Opened, Reading, Writing
 from service.lists import After, Limit, Order, linked
 from service.problems import Problem, documented
 from service.receiving import Received, receive
-from store import library
+from store import library, quotas
+from store.errors import QuotaExceeded
 from store.tables import Dataset, Model
 
 FILE = {"type": "string", "format": "binary", "minLength": 1}
@@ -28,7 +29,7 @@ BODY: dict[str, Any] = {
     }
 }
 UPLOAD_CODES = (
-    "malformed_body", "too_large", "unsupported_media_type", "digest_mismatch", "unsafe_file", "unsupported_format", "damaged_file",
+    "malformed_body", "quota_exceeded", "too_large", "unsupported_media_type", "digest_mismatch", "unsafe_file", "unsupported_format", "damaged_file",
     "weights_not_finite", "architecture_unknown", "architecture_mismatch", "dataset_invalid", "storage_full",
 )  # fmt: skip
 DESCRIPTION = (
@@ -55,9 +56,17 @@ def routes(table: type[Model] | type[Dataset], shape: Any) -> APIRouter:
         name: Annotated[schemas.NoNul, Query(description="What to call it.")] = "",
         filename: Annotated[schemas.NoNul, Query(description="The file's name, for giving it back.")] = "",
     ) -> Any:
+        announced = request.headers.get("content-length", "")
+        await asyncio.to_thread(_allowed, opened, caller, int(announced) if announced.isdigit() else 0)
         folder = opened.objects.incoming(opened.settings.scratch)
         started = time.perf_counter()
         received = await receive(request, folder, limit=opened.settings.max_upload_bytes)
+        try:
+            # Again with what has really arrived: a body need not say how long it is.
+            await asyncio.to_thread(_allowed, opened, caller, received.bytes)
+        except QuotaExceeded:
+            received.path.unlink(missing_ok=True)
+            raise
         received.filename = basename(filename or received.filename) or word
         return await admit(opened, caller, table, shape, response, received, name or received.fields.get("name", ""), started)
 
@@ -129,6 +138,11 @@ def _keep(opened: Context, caller: Caller, table: Any, received: Received, name:
             session, table, tenant=caller.tenant, name=_printable(name)[:200], filename=received.filename, sha256=received.sha256,
             size=received.bytes, labels={}, reading_seconds=opened.reader.patience,
         )  # fmt: skip
+
+
+def _allowed(opened: Context, caller: Caller, size: int) -> None:
+    with opened.database.read() as session:
+        quotas.check_upload(session, opened.settings, caller.tenant, size)
 
 
 def _get(opened: Context, caller: Caller, table: Any, upload_id: str) -> Any:

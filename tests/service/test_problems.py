@@ -248,5 +248,14 @@ def test_an_unforeseen_error_is_internal_and_says_nothing_inside(world: World) -
         session.execute(sa.delete(Job).where(Job.id == job))
 
 
+def test_a_limit_is_quota_exceeded(make_stack: StackMaker) -> None:
+    stack = make_stack("laptop", UNPOISON_QUOTA_UPLOADS="0")
+    stack.start_api()
+    headers = {"Authorization": f"Bearer {stack.make_key()}", "Content-Type": "application/octet-stream"}
+    answer = httpx.post(f"{stack.url}/v1/models", content=b"x", headers=headers, timeout=30)
+    assert (answer.status_code, answer.json()["code"]) == (403, "quota_exceeded")
+    SEEN.add("quota_exceeded")
+
+
 def test_the_whole_catalogue_was_provoked() -> None:
     assert set(CATALOGUE) == SEEN
