@@ -173,7 +173,7 @@ def one(cell: Cell, threads: int) -> None:
     triggered = poisoning.triggered(test, made.trigger, train.classes) if made else None
     found: dict[str, Any] = {"before": evaluation.evaluate(model, test, triggered), "after": None, "counts": None}
     if made is not None:
-        found["counts"] = poisoning.poison(train, made).counts()
+        found["counts"] = made.counts(train.labels)
     if cell.defense is not None:
         found |= defended(cell, model, train, test, triggered)
     found["victim_seconds"] = json.loads((victim_folder(cell.setting, cell.attack, cell.seed) / "victim.json").read_text())["seconds"]

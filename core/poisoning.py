@@ -179,12 +179,6 @@ class Poisoned:
         self.data.save(folder / "data")
         save_file({"chosen": self.chosen, "disturbed": self.disturbed, "original": self.original}, folder / "truth.safetensors")
 
-    def counts(self) -> dict[str, Any]:
-        """Return what "the poisoning rate" was: counts, and the share of all images."""
-        labels = self.data.labels
-        changed = 0 if labels is None else int((labels[self.chosen] != self.original[self.chosen]).sum())
-        return {"n_poisoned": len(self.chosen), "n_relabelled": changed, "n_disturbed": len(self.disturbed), "fraction_of_n": len(self.chosen) / len(self.data)}
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -204,6 +198,13 @@ class Recipe:
     classes: int
     source: str
     poisoned: str = field(default="")
+
+    def counts(self, labels: torch.Tensor) -> dict[str, Any]:
+        """Return what "the poisoning rate" is on a training set with these clean labels (N,): counts, and the share of all images."""
+        relabels = self.trigger.params.labels in ("all_to_one", "all_to_all")
+        own = labels[self.chosen]
+        changed = int((self.trigger.wanted(own, self.classes) != own).sum()) if relabels else 0
+        return {"n_poisoned": len(self.chosen), "n_relabelled": changed, "n_disturbed": len(self.disturbed), "fraction_of_n": len(self.chosen) / len(labels)}
 
     def save(self, path: Path) -> None:
         """Write the recipe as one safetensors file; equal recipes are equal files."""

@@ -81,8 +81,11 @@ def test_an_attack_changes_what_its_mask_says_and_its_recipe_rebuilds_it(name: s
 
     different = (made.data.images != train.images).flatten(1).any(1).nonzero()[:, 0].tolist()
     assert set(different) <= {*recipe.chosen.tolist(), *recipe.disturbed.tolist()}
-    assert made.is_poisoned.sum() == len(recipe.chosen) == made.counts()["n_poisoned"]
-    assert train.labels is not None and torch.equal(made.original, train.labels)
+    assert train.labels is not None and made.is_poisoned.sum() == len(recipe.chosen)
+    assert torch.equal(made.original, train.labels)
+    counts = recipe.counts(train.labels)
+    assert counts["n_poisoned"] == len(recipe.chosen) and counts["n_disturbed"] == len(recipe.disturbed)
+    assert counts["n_relabelled"] == (0 if made.data.labels is None else int((made.data.labels != train.labels).sum()))
     if recipe.trigger.params.labels == "none":
         assert made.data.labels is None
     else:
