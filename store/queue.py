@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 from celery import Celery
 from kombu.exceptions import OperationalError
+from kombu.transport import TRANSPORT_ALIASES, filesystem
 
 RUN_JOB = "unpoison.run_job"
 logger = logging.getLogger(__name__)
+
+
+class _Channel(filesystem.Channel):
+    """A folder that somebody removed is an empty queue until the sweeper makes it again; kombu would end the worker."""
+
+    def _get(self, queue: Any, timeout: Any = None) -> Any:
+        try:
+            return super()._get(queue)
+        except FileNotFoundError:
+            raise Empty from None
+
+
+class FolderTransport(filesystem.Transport):
+    """kombu's folder queue with that channel."""
+
+    Channel = _Channel
 
 
 def app(url: str) -> Celery:
@@ -21,6 +39,7 @@ def app(url: str) -> Celery:
     if url.startswith("filesystem://"):
         folder = Path(url.removeprefix("filesystem://"))
         make_folder(url)
+        TRANSPORT_ALIASES["filesystem"] = "store.queue:FolderTransport"
         broker = "filesystem://"
         # kombu misses a host name that a folder does not have.
         logging.getLogger("kombu.connection").setLevel(logging.ERROR)
