@@ -97,7 +97,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds; each draws its own poison and trains its own victim")
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
     parser.add_argument("--budget", choices=["full", "cpu"], default="cpu", help="the paper's model and schedule, or what two cores finish")
-    parser.add_argument("--rows", default="", help="only the rows whose names contain this")
+    parser.add_argument("--rows", default="", help="measure only the rows whose names contain this; all that is measured is written")
     parser.add_argument("--epochs", type=int, help="another number of training epochs; goes into the result")
     parser.add_argument("--jobs", type=int, default=1, help="processes; each gets its share of the cores")
     parser.add_argument("--draw", action="store_true", help="only write the results of the cells measured so far")
@@ -108,10 +108,10 @@ def main() -> int:
         dataset=table["dataset"], preprocessing=table["preprocessing"], clean_fraction=table.get("clean_fraction", 0.05), device=device,
         epochs=options.epochs, **table[options.budget],
     )  # fmt: skip
-    cells = list(planned(table, setting, options.seeds, options.rows))
+    cells = list(planned(table, setting, options.seeds))
     try:
         if not options.draw:
-            measure(cells, options.jobs)
+            measure([cell for cell in cells if options.rows.lower() in cell.row.lower()], options.jobs)
     except EngineError as error:
         print(f"{error.message}. {error.advice}", file=sys.stderr)
         return 2
@@ -120,16 +120,15 @@ def main() -> int:
     return 1 if missing else 0
 
 
-def planned(table: dict[str, Any], setting: Setting, seeds: int, only: str) -> Iterator[Cell]:
+def planned(table: dict[str, Any], setting: Setting, seeds: int) -> Iterator[Cell]:
     """Yield the cells of a table; attacks that need a surrogate come last, when it has been trained."""
     columns = [{"name": PLAIN}, *table.get("columns", [])]
-    rows = [row for row in table["rows"] if only.lower() in row["name"].lower()]
 
     def needs_surrogate(row: dict[str, Any]) -> bool:
         return "attack" in row and Need.MODEL in catalog.attacks()[row["attack"]["method"]].needs
 
     for seed in range(seeds):
-        for row in sorted(rows, key=needs_surrogate):
+        for row in sorted(table["rows"], key=needs_surrogate):
             for column in columns:
                 # A row may ask for a longer training than its table's; its name says so.
                 own = replace(setting, epochs=row["epochs"]) if "epochs" in row and setting.epochs is None else setting
@@ -264,7 +263,8 @@ def write(name: str, budget: str, table: dict[str, Any], setting: Setting, cells
     lines += ["", f"Percent, mean ± standard deviation over n seeds; seconds of the defense, or of making the victim. {machines(found)}", ""]
     lines += [*(f"- {note}" for note in table.get("notes", [])), ""]
     if name == "attacks" and found:
-        pictures.sheet([cell for cell in cells if cell.path.exists() and cell.attack is not None and cell.seed == 0], out.with_suffix(".png"))
+        drawn = [cell for cell in cells if cell.path.exists() and cell.attack is not None and cell.seed == 0]
+        pictures.sheet([cell for cell in drawn if (victim_folder(cell.setting, cell.attack, cell.seed) / "victim.json").exists()], out.with_suffix(".png"))
         lines += [f"Clean image, triggered image, and their difference times eight, around grey:\n\n![pictures]({out.name}.png)", ""]
     out.with_suffix(".md").write_text("\n".join(lines))
     return len(cells) - len(found)

@@ -227,14 +227,15 @@ class Recipe:
                 described = json.loads((file.metadata() or {})["recipe"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             params = catalog.validate(catalog.attacks(), described["attack"])
+            assert isinstance(params, AttackParams)
             assets = {name: tensors[f"asset.{name}"] for name in described["assets"]}
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            drawn = [tensors["chosen"], tensors["disturbed"], described["classes"], described["source"], described["poisoned"]]
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise BadRecipe(f"{path.name} is not a recipe: {error}", "Take the file that the poisoning wrote.") from error
         changed = [name for name, digest in described["assets"].items() if _sha256(assets[name]) != digest]
         if changed:
             raise BadRecipe(f"{path.name}: {', '.join(changed)} differ from their recorded SHA-256", "Take the recipe from its source again.")
-        assert isinstance(params, AttackParams)
-        return cls(Trigger(params, assets), tensors["chosen"], tensors["disturbed"], described["classes"], described["source"], described["poisoned"])
+        return cls(Trigger(params, assets), *drawn)
 
 
 def declared(params: AttackParams, shape: Shape, classes: int) -> Trigger:

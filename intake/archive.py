@@ -149,6 +149,9 @@ def _of_tar(file: BinaryIO) -> dict[str, Member]:
                 archive.members.clear()  # type: ignore[attr-defined]
                 name = entry.name.removeprefix("./")
                 last = entry.offset_data + (-(-entry.size // 512) * 512 if entry.isreg() else 0)
+                if entry.size < 0:
+                    # The next header would lie before this one: some tarfile versions never end then.
+                    raise damaged(f"archive entry {name!r} has a negative size")
                 if entry.isdir():
                     continue
                 if not entry.isreg() or entry.issparse():

@@ -250,10 +250,10 @@ def _legacy(file: BinaryIO, size: int) -> tuple[Any, dict[str, tuple[int, int]]]
         raise Refusal("unsupported_format", "the checkpoint is big-endian", "Save it again on a little-endian machine.")
     value = Interpreter(persistent).load(file)
     keys = Interpreter(plain).load(file)
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(storages):
         raise damaged("the list of storages does not match the object")
     located = {}
-    for key in map(str, keys):
+    for key in keys:
         count = int.from_bytes(file.read(8), "little", signed=True)
         start, length = file.tell(), count * ITEM_BYTES[storages[key].dtype]
         if count != storages[key].items or start + length > size:

@@ -24,6 +24,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
+def shown(value: object) -> str:
+    """Return a stranger's value for a message: a small number as it is, else its kind. `repr` of nested lists can take for ever."""
+    return str(value) if type(value) is int and value.bit_length() <= 64 else f"a value of type {type(value).__name__}"
+
+
 def damaged(message: str) -> Refusal:
     """Return the refusal of a truncated or self-contradicting file."""
     return Refusal("damaged_file", message, "The file is incomplete or was altered; export and upload it again.")

@@ -170,15 +170,18 @@ def cifar(members: dict[str, Member]) -> tuple[np.ndarray, np.ndarray, list[str]
             raise damaged(f"{name} has data of shape {pixels.shape} for {len(content[wanted])} labels")
         images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels += content[wanted]
-        files = content.get("filenames")
-        files = files if isinstance(files, list) and len(files) == len(pixels) else list(range(len(pixels)))
+        files = content.get("filenames", [str(number) for number in range(len(pixels))])
+        if not _all_text(files) or len(files) != len(pixels):
+            raise damaged(f"{name} has no list of {len(pixels)} file names under `filenames`")
         names += [printable(f"{name}/{_text(file)}") for file in files]
     found = checked_labels(np.asarray(labels, dtype="<i8"))
     classes: list[str] = []
     for name in CIFAR[2] & set(by_name):
         content = _plain_pickle(by_name[name])
         listed = content.get("fine_label_names", content.get("label_names"))
-        classes = [printable(_text(one)) for one in listed] if isinstance(listed, list) else []
+        if not _all_text(listed):
+            raise damaged(f"{name} has no list of class names")
+        classes = [printable(_text(one)) for one in listed]
     if classes and found.max() >= len(classes):
         raise damaged(f"label {found.max()} has no name among {len(classes)}")
     return np.concatenate(images), found, classes, names, [name for name in by_name if name not in batches and name not in CIFAR[2]]
@@ -195,6 +198,11 @@ def _plain_pickle(member: Member) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise damaged(f"{member.name} holds a {type(content).__name__}, not a batch")
     return {_text(key): value for key, value in content.items()}
+
+
+def _all_text(value: Any) -> bool:
+    """Say whether it is a list of names; anything nested could take for ever to write out."""
+    return isinstance(value, list) and all(isinstance(one, (str, bytes)) for one in value)
 
 
 def _text(value: Any) -> str:
@@ -223,7 +231,7 @@ def _array(value: Any, name: str) -> np.ndarray:
 def parquet(path: Path) -> tuple[list[str], Iterator[tuple[str, bytes, int | str | None]]]:
     """Return the class names (if the schema has them) and yield (name, picture, label) of a parquet file.
 
-    As Hugging Face writes it: a column of pictures as bytes or as struct{bytes, path}, and a column of labels.
+    As Hugging Face writes it: a column of pictures as bytes or as struct{bytes, path}, and a column of labels. Raises `Refusal`.
     """
     try:
         # Arrow's own allocators reserve more address space than the fence allows.
@@ -234,29 +242,28 @@ def parquet(path: Path) -> tuple[list[str], Iterator[tuple[str, bytes, int | str
         advice = "Upload a zip of class folders, or ask the operator to install unpoison[parquet]."
         raise Refusal("unsupported_format", "this server does not read parquet", advice) from error
     try:
-        file = _open_parquet(pyarrow, path)
-        schema = file.schema_arrow
+        schema = _open_parquet(pyarrow, path).schema_arrow
+        picture = next((field for field in schema if _holds_pictures(pyarrow, field.type)), None)
+        label = next((name for name in ("label", "labels", "fine_label", "target", "class") if name in schema.names), None)
+        if picture is None:
+            advice = "Give a column `image` of bytes, or of struct{bytes, path}."
+            raise Refusal("dataset_invalid", f"none of the columns {schema.names[:12]} holds pictures", advice)
+        if len(set(schema.names)) != len(schema.names):
+            raise Refusal("dataset_invalid", f"two of the columns {schema.names[:12]} have one name", "Give every column a name of its own.")
+        # A dictionary says a value once for many rows: it stays one value until a row is looked at.
+        leaf = f"{picture.name}.bytes" if pyarrow.types.is_struct(picture.type) else picture.name
+        file = _open_parquet(pyarrow, path, read_dictionary=[leaf])
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise damaged(f"the parquet file cannot be read: {printable(str(error))[:200]}") from error
-    picture = next((field.name for field in schema if _holds_pictures(pyarrow, field.type)), None)
-    label = next((name for name in ("label", "labels", "fine_label", "target", "class") if name in schema.names), None)
-    if picture is None:
-        raise Refusal(
-            "dataset_invalid", f"none of the columns {schema.names[:12]} holds pictures", "Give a column `image` of bytes, or of struct{bytes, path}."
-        )
-
-    # A dictionary says a value once for many rows: it stays one value until a row is looked at.
-    leaf = f"{picture}.bytes" if pyarrow.types.is_struct(schema.field(picture).type) else picture
-    file = _open_parquet(pyarrow, path, read_dictionary=[leaf])
     most = MAX_RATIO * path.stat().st_size + CHUNK
 
     def rows() -> Iterator[tuple[str, bytes, int | str | None]]:
-        columns = [picture] + ([label] if label else [])
+        columns = [picture.name] + ([label] if label else [])
         count = total = 0
         try:
             for batch in file.iter_batches(batch_size=64, columns=columns, use_threads=False):
                 labels = batch.column(label).to_pylist() if label else [None] * batch.num_rows
-                for cell, one in zip(batch.column(picture), labels, strict=True):
+                for cell, one in zip(batch.column(picture.name), labels, strict=True):
                     value = cell.as_py()
                     data = (value.get("bytes") if isinstance(value, dict) else value) or b""
                     name = (value.get("path") if isinstance(value, dict) else None) or f"row-{count}"

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from intake.refusal import Refusal, damaged
+from intake.refusal import Refusal, damaged, shown
 
 CHUNK = 1 << 20
 MAX_HEADER = 16 << 20
@@ -50,7 +50,7 @@ def checked_shape(name: str, shape: Iterable[Any]) -> tuple[int, ...]:
         raise damaged(f"tensor {name} has {len(sizes)} dimensions")
     for size in sizes:
         if type(size) is not int or size < 0 or size > 1 << 40:
-            raise damaged(f"tensor {name} has an impossible size {size!r}")
+            raise damaged(f"tensor {name} has an impossible size: {shown(size)}")
         items *= size
     if items > 1 << 40:
         raise damaged(f"tensor {name} claims {items} elements")
@@ -75,7 +75,7 @@ def checked(name: str, tensor: Tensor) -> Tensor:
     last = tensor.offset
     for size, step in zip(tensor.shape, tensor.stride, strict=True):
         if type(step) is not int or step < 0 or (step == 0 and size > 1):
-            raise Refusal("unsafe_file", f"tensor {name} is an expanded view (stride {step!r})", "Save contiguous tensors: `{k: v.contiguous() for …}`.")
+            raise Refusal("unsafe_file", f"tensor {name} is an expanded view (stride {shown(step)})", "Save contiguous tensors: `{k: v.contiguous() for …}`.")
         last += (size - 1) * step if size else 0
     if tensor.items and last >= tensor.storage_items:
         raise damaged(f"tensor {name} reaches element {last} of a storage of {tensor.storage_items}")

@@ -152,6 +152,7 @@ async def receive_part(request: Request, folder: Path, *, limit: int) -> Receive
             # The part ends here; the client asks how far it came.
             pass
         except Problem as problem:
+            # A line that went silent ends the part as a broken one does.
             if problem.code == "too_large":
                 raise
         return Received(sink.path, await sink.close(), sink.bytes)

@@ -86,16 +86,20 @@ async def complete(upload_id: str, body: schemas.Completion, response: Response,
     row = await asyncio.to_thread(_get, opened, caller, upload_id)
     table, shape = KINDS[row.kind]
     if row.result_id is not None:
-        with opened.database.read() as session:
-            return shape.of(library.get(session, table, row.result_id, caller.tenant))
+        return await asyncio.to_thread(_result, opened, caller, row)
     started = time.perf_counter()
     received = await asyncio.to_thread(_join, opened, caller, upload_id)
     if received.sha256 != body.sha256:
         received.path.unlink(missing_ok=True)
+        await asyncio.to_thread(delete, upload_id, opened, caller)
         raise Problem("digest_mismatch", f"The parts add up to the sha-256 {received.sha256}, not to {body.sha256}; send the file again.")
-    found = await admit(opened, caller, table, shape, response, received, row.name, started)
-    with opened.database.write() as session:
-        transfers.complete(session, upload_id, caller.tenant, found.id)
+    try:
+        found = await admit(opened, caller, table, shape, response, received, row.name, started)
+    except Problem:
+        # The reader refused it: no more bytes can make it right, and as long as it is there it counts against the quota.
+        await asyncio.to_thread(delete, upload_id, opened, caller)
+        raise
+    await asyncio.to_thread(_completed, opened, caller, upload_id, found.id)
     return found
 
 
@@ -109,6 +113,17 @@ def delete(upload_id: str, opened: Opened, caller: Writing) -> None:
 def _get(opened: Context, caller: Caller, upload_id: str) -> Any:
     with opened.database.read() as session:
         return transfers.get(session, upload_id, caller.tenant)
+
+
+def _result(opened: Context, caller: Caller, row: Any) -> Any:
+    table, shape = KINDS[row.kind]
+    with opened.database.read() as session:
+        return shape.of(library.get(session, table, row.result_id, caller.tenant))
+
+
+def _completed(opened: Context, caller: Caller, upload_id: str, found: str) -> None:
+    with opened.database.write() as session:
+        transfers.complete(session, upload_id, caller.tenant, found)
 
 
 def _add(opened: Context, caller: Caller, upload_id: str, offset: int, received: Received) -> int:

@@ -53,7 +53,7 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bench.Setting:
 
 
 def test_a_table_is_measured_once_and_written(setting: bench.Setting, tmp_path: Path) -> None:
-    cells = list(bench.planned(TABLE, setting, 2, ""))
+    cells = list(bench.planned(TABLE, setting, 2))
     assert len(cells) == 12
     # What needs a surrogate comes after what trains it.
     assert [cell.row for cell in cells[:6]] == ["none", "none", "Grid", "Grid", "Consistent", "Consistent"]

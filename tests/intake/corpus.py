@@ -35,6 +35,10 @@ aiohttp.client ClientSession|tensorflow.io read_file|keras.models load_model|tra
 )
 
 
+# Memo 60 is a list of two lists of two lists …: small, until somebody writes it out. Nothing is left on the stack.
+DOUBLING = b"]q\x000" + b"".join(b"](h" + bytes([n]) + b"h" + bytes([n]) + b"eq" + bytes([n + 1]) + b"0" for n in range(60))
+
+
 def torch_zip(pickled: bytes, *, data: bytes = b"\0" * 64, root: str = "archive", extra: dict[str, bytes] | None = None) -> bytes:
     """A torch.save archive around any pickle."""
     out = io.BytesIO()
@@ -115,7 +119,7 @@ def checkpoints(marker: str) -> Iterator[tuple[str, bytes]]:
     yield "itself in itself", torch_zip(b"\x80\x02]q\x00h\x00a.")
     yield (
         "doubling references",
-        torch_zip(b"\x80\x02]q\x00" + b"".join(b"](h" + bytes([n]) + b"h" + bytes([n]) + b"eq" + bytes([n + 1]) for n in range(60)) + b"."),
+        torch_zip(b"\x80\x02" + DOUBLING + b"h\x3c."),
     )
     yield (
         "colliding integers",
@@ -131,6 +135,10 @@ def checkpoints(marker: str) -> Iterator[tuple[str, bytes]]:
     yield "number with a million digits", torch_zip(b"I" + b"9" * 1_000_000 + b"\n.")
     yield "slow codec", torch_zip(b"\x80\x02c_codecs\ndecode\n" + text("a" * 50_000) + text("idna") + b"\x86R.")
     yield "many keys", torch_zip(b"\x80\x02}(" + b"".join(text(f"k{number}") + b"N" for number in range(100_000)) + b"u.")
+    yield "doubling references as size", torch_zip(b"\x80\x02" + DOUBLING + b"}" + text("t") + tensor(shape=b"h\x3c\x85") + b"s.")
+    yield "doubling references as stride", torch_zip(b"\x80\x02" + DOUBLING + b"}" + text("t") + tensor(stride=b"h\x3c\x85") + b"s.")
+    yield "doubling references as storage key", legacy(state(tensor())).replace(pickle.dumps(["0"], 2), b"\x80\x02" + DOUBLING + b"]h\x3ca.")
+    yield "size of ten thousand bytes", torch_zip(state(tensor(shape=b"\x8b" + struct.pack("<i", 10_000) + b"\x7f" * 10_000 + b"\x85")))
     # Lies about tensors.
     for name, record in {
         "stride zero": tensor(shape=b"J\x00\x00\x00\x40\x85", stride=b"K\x00\x85"),
@@ -309,10 +317,22 @@ def datasets(marker: str) -> Iterator[tuple[str, bytes]]:
     yield "csv of quotes", zipped({"1.png": picture, "labels.csv": b'file,label\n"' + b'"' * 100_001})
     yield "csv of one endless line", zipped({"1.png": picture, "labels.csv": b"file,label\n" + b"a" * 10_000_000})
     yield "cifar batch that calls", zipped({"data_batch_1": call("os mkdir", marker)})
+    batch = pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [1]}, 2)[2:-1]
+    for key in ("filenames", "label_names"):
+        doubled = b"\x80\x02" + DOUBLING + batch.replace(b"q\x00", b"", 1) + text(key) + b"](h\x3ces."
+        yield (
+            f"cifar {key} that double",
+            zipped({"data_batch_1": b"\x80\x02" + batch + b".", "data_batch_2" if key == "filenames" else "batches.meta": doubled}),
+        )
     yield "cifar batch of a lie", zipped({"data_batch_1": pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [1, 2]}, 2)})
     yield "parquet of nothing", b"PAR1" + b"\0" * 100 + b"PAR1"
     yield "parquet footer beyond", b"PAR1" + b"\0" * 20 + struct.pack("<I", 1 << 30) + b"PAR1"
     yield "gzip of a bomb", zlib_bomb()
+    negative = bytearray(b".hidden".ljust(124, b"\0") + b"\xff" * 8 + struct.pack(">i", -512) + b"0" * 12 + b" " * 8 + b"0").ljust(
+        257, b"\0"
+    ) + b"ustar\x0000".ljust(255, b"\0")
+    negative[148:156] = f"{sum(negative):06o}\0 ".encode()
+    yield "tar that leads back", bytes(negative) + b"\0" * 1024
     yield "tar of lies", (b"a/1.png".ljust(124, b"\0") + b"77777777777\0" + b"0" * 20).ljust(257, b"\0") + b"ustar\0" + b"00" + b"\0" * 1000
 
 

@@ -116,6 +116,8 @@ def test_parts_that_do_not_fit_are_refused(api: Stack, case: Case, tmp_path: Pat
             assert (answer.status_code, answer.json()["code"]) == (404, "not_found"), method
         assert send(http, where, 1000, data[1000:-1] + b"?").status_code == 204
         assert http.post(f"{where}/complete", json={"sha256": hashlib.sha256(data).hexdigest()}).json()["code"] == "digest_mismatch"
+        assert http.get(where).status_code == 404, "what cannot become right is forgotten"
+        where = begin(http, case.model, "model")
         assert http.delete(where).status_code == 204 and http.get(where).status_code == 404
         assert http.post("/v1/uploads", json={"kind": "model", "bytes": 10**12}).json()["code"] == "too_large"
 
@@ -128,6 +130,7 @@ def test_a_refused_file_is_refused_in_parts_too(api: Stack, tmp_path: Path) -> N
         send(http, where, 0, (tmp_path / "bad.pt").read_bytes())
         answer = http.post(f"{where}/complete", json={"sha256": hashlib.sha256((tmp_path / "bad.pt").read_bytes()).hexdigest()})
         assert (answer.status_code, answer.json()["code"]) == (422, "unsupported_format")
+        assert http.get(where).status_code == 404
 
 
 class Flaky:
