@@ -11,7 +11,7 @@ import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -200,7 +200,7 @@ def _plain_pickle(member: Member) -> dict[str, Any]:
     return {_text(key): value for key, value in content.items()}
 
 
-def _all_text(value: Any) -> bool:
+def _all_text(value: Any) -> TypeGuard[list[str | bytes]]:
     """Say whether it is a list of names; anything nested could take for ever to write out."""
     return isinstance(value, list) and all(isinstance(one, (str, bytes)) for one in value)
 
