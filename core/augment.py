@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -36,3 +37,74 @@ def crop_and_flip(padding: int = 4) -> Augment:
 def none(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Leave the images as they are."""
     return images
+
+
+def cutout(side: int) -> Augment:
+    """Return Cutout (DeVries and Taylor, 2017): one grey square of `side` pixels an image, whose centre lies anywhere in it."""
+
+    def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        count, _, height, width = images.shape
+        middle = torch.stack([torch.randint(0, extent, (count,), generator=generator) for extent in (height, width)]).to(images.device)
+        rows = (torch.arange(height, device=images.device)[None] - middle[0][:, None]).abs() <= side // 2
+        columns = (torch.arange(width, device=images.device)[None] - middle[1][:, None]).abs() <= side // 2
+        grey = 0.5 if images.is_floating_point() else 127
+        return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], grey)
+
+    return augment
+
+
+def simclr(*, scale: tuple[float, float] = (0.2, 1.0), jitter: float = 0.4, grey: float = 0.2) -> Augment:
+    """Return SimCLR's augmentation for small images: random resized crop, flip, colour jitter (p 0.8) and greyscale.
+
+    It maps float images (N, C, H, W) in [0, 1] to the same. Crops are sampled bilinearly; brightness, contrast, saturation and hue
+    (a quarter of `jitter`) change in that order, each by its own factor an image. Images that are not RGB keep their colours.
+    """
+
+    def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        count, channels = images.shape[:2]
+
+        def uniform(low: float, high: float) -> torch.Tensor:
+            return (torch.rand(count, generator=generator) * (high - low) + low).to(images.device)
+
+        area, ratio = uniform(*scale), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
+        height, width = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
+        mirrored = uniform(0, 1) < 0.5
+        left, top = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
+        place = torch.zeros(count, 2, 3, device=images.device)
+        place[:, 0, 0], place[:, 1, 1] = torch.where(mirrored, -width, width), height
+        place[:, 0, 2], place[:, 1, 2] = left, top
+        grid = F.affine_grid(place, [count, channels, *images.shape[2:]], align_corners=False)
+        views = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        if channels != 3:
+            return views
+        jittered = uniform(0, 1) < 0.8
+        factors = [torch.where(jittered, uniform(1 - jitter, 1 + jitter), torch.ones_like(area)) for _ in range(3)]
+        turned = torch.where(jittered, uniform(-jitter / 4, jitter / 4), torch.zeros_like(area))
+        views = _jitter(views, *(factor[:, None, None, None] for factor in factors), turn=turned)
+        return torch.where((uniform(0, 1) < grey)[:, None, None, None], _luminance(views).expand_as(views), views)
+
+    return augment
+
+
+def _luminance(images: torch.Tensor) -> torch.Tensor:
+    return (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+
+
+def _jitter(images: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor, *, turn: torch.Tensor) -> torch.Tensor:
+    """Change brightness, contrast, saturation by factors (N, 1, 1, 1) and the hue by turns (N,), a turn being the whole circle.
+
+    The hue is turned in YIQ space: that is linear, and close to the turn in HSV for small angles.
+    """
+    images = (images * brightness).clamp(0, 1)
+    mean = _luminance(images).mean((2, 3), keepdim=True)
+    images = (mean + (images - mean) * contrast).clamp(0, 1)
+    grey = _luminance(images)
+    images = (grey + (images - grey) * saturation).clamp(0, 1)
+    to_yiq = images.new_tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+    angle = turn * (2 * math.pi)
+    rotation = torch.zeros(len(images), 3, 3, device=images.device, dtype=images.dtype)
+    rotation[:, 0, 0] = 1
+    rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
+    rotation[:, 1, 2], rotation[:, 2, 1] = -angle.sin(), angle.sin()
+    turned = torch.linalg.inv(to_yiq) @ rotation @ to_yiq
+    return torch.einsum("nij,njhw->nihw", turned, images).clamp(0, 1)

@@ -19,7 +19,9 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
+from core import pruning
 from core.classifier import Classifier
+from core.errors import ClassMissing, LabelsMissing, NotEnoughCleanData, TargetInvalid
 from core.images import ImageSet
 from core.run import Run
 from core.triggers import Assets
@@ -42,6 +44,7 @@ class Need(StrEnum):
     MODEL = "model"
     CLEAN_IMAGES = "clean_images"
     CLEAN_LABELS = "clean_labels"
+    BATCH_NORM = "batch_norm"
     SUSPECT_DATASET = "suspect_dataset"
     TEST_SET = "test_set"
 
@@ -211,6 +214,33 @@ def defenses() -> dict[str, Method]:
 def attacks() -> dict[str, Attack]:
     """Return the attacks by name."""
     return {name: method for name, method in methods().items() if isinstance(method, Attack)}
+
+
+def require(method: Method, inputs: Inputs, params: Params) -> None:
+    """Check that a method has what it needs, before anything starts.
+
+    Raises `NotEnoughCleanData`, `LabelsMissing`, `ClassMissing`, `LayerMissing` or `TargetInvalid`.
+    """
+    model, clean = inputs.model, inputs.clean
+    if model is not None and Need.BATCH_NORM in method.needs:
+        pruning.batch_norms(model)
+    if model is not None and clean is not None and Need.CLEAN_IMAGES in method.needs and len(clean) < model.classes:
+        raise NotEnoughCleanData(
+            f"{len(clean)} clean images for {model.classes} classes", "Give at least one image a class; the papers use 1 to 5 % of the training set."
+        )
+    if model is not None and clean is not None and Need.CLEAN_LABELS in method.needs:
+        if clean.labels is None:
+            raise LabelsMissing(
+                f"{method.name} needs the clean images' labels", "Upload a labelled data set, or choose a method that needs none, such as mcldef."
+            )
+        missing = sorted(set(range(model.classes)) - set(clean.labels.unique().tolist()))
+        if missing:
+            raise ClassMissing(
+                f"{method.name} needs clean images of every class; there are none of {', '.join(map(str, missing[:20]))}", "Add images of these classes."
+            )
+    target = getattr(params, "target", None)
+    if model is not None and target is not None and target >= model.classes:
+        raise TargetInvalid(f"target {target} is not one of the model's {model.classes} classes", "Classes count from 0.")
 
 
 def union(found: Mapping[str, Method]) -> Any:

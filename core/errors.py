@@ -60,6 +60,42 @@ class NotEnoughCleanData(EngineError):
     code = "not_enough_clean_data"
 
 
+class LabelsMissing(EngineError):
+    """The method needs the clean images' labels and there are none."""
+
+    code = "labels_missing"
+
+
+class ClassMissing(EngineError):
+    """The method needs labelled images of every class."""
+
+    code = "class_missing"
+
+
+class LayerMissing(EngineError):
+    """The architecture lacks the layers that the method works on."""
+
+    code = "layer_missing"
+
+
+class TargetInvalid(EngineError):
+    """The given target is not one of the model's classes."""
+
+    code = "target_invalid"
+
+
+class TriggerNotFound(EngineError):
+    """The inversion ended without a trigger that works."""
+
+    code = "trigger_not_found"
+
+
+class NothingLeft(EngineError):
+    """Pruning would leave a layer without channels."""
+
+    code = "nothing_left"
+
+
 class Diverged(EngineError):
     """A loss or a weight became NaN or infinite while training."""
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from core import catalog, evaluation, poisoning, report, weights
-from core.catalog import Inputs, Need, Outcome
+from core import catalog, evaluation, poisoning, report, verdict, weights
+from core.catalog import Inputs, Kind, Need, Outcome
 from core.classifier import Classifier, Preprocessing
 from core.errors import BadDataset, BadJob
 from core.images import ImageSet
@@ -97,17 +97,16 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
     if not recognition.decided:
         run.warn("the preprocessing is a close call; give `preprocessing` if you know it", scores=recognition.as_dict()["scores"][:3])
     model = model.to(run.device)
-    clean, test, measured_on = _datasets(run, clean, test, model)
+    clean, aside, test, measured_on = _datasets(run, clean, test, model, purifying=method.kind is Kind.PURIFY)
     triggered = _triggered(spec, folder, test, attack, model) if test is not None else None
-    if getattr(params, "target", None) is not None and params.target >= model.classes:  # type: ignore[attr-defined]
-        raise BadJob(f"target {params.target} is not one of the model's {model.classes} classes", "Classes count from 0.")  # type: ignore[attr-defined]
+    inputs = Inputs(model=model, clean=clean.to(run.device) if clean is not None else None, watch=_watcher(run, test, triggered))
+    catalog.require(method, inputs, params)
 
     run.phase("evaluating_before")
     before = run.once("before", lambda: evaluation.evaluate(model, test, triggered)) if test is not None else None
     _announce(run, "before", before)
 
     run.phase("defending")
-    inputs = Inputs(model=model, clean=clean.to(run.device) if clean is not None else None, watch=_watcher(run, test, triggered))
     outcome: Outcome = method.run(run, inputs, params)
 
     after = None
@@ -118,6 +117,19 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
         _announce(run, "after", after)
 
     run.phase("reporting")
+    estimated = _estimate(model, outcome, inputs)
+    kept_aside = None
+    if outcome.model is not None and aside is not None:
+        purified = outcome.model
+        kept_aside = run.once("kept aside", lambda: _compare(model, purified, aside))
+    judged = None
+    if method.kind is Kind.PURIFY:
+        # The test set may be what was kept aside; it is judged once.
+        judged = verdict.judge(before, after, kept_aside, estimated["recovered_trigger_success"] if estimated else None)
+        run.log(f"{judged['verdict']}: {'; '.join(judged['reasons']) or 'accuracy was kept and nothing known still works'}", **judged)
+    lost = verdict.losers(before, after) if before and after else []
+    for one in lost:
+        run.warn(f"class {one['class']} fell from {one['before']['value']:.1%} to {one['after']['value']:.1%}", **one)
     if inputs.clean is not None:
         report.draw_triggers(run, outcome.triggers, inputs.clean)
     summary: dict[str, Any] = {
@@ -132,14 +144,18 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
         "before": before,
         "after": after,
         "der": evaluation.defense_effectiveness(before, after) if before and after else None,
-        "estimated": _estimate(model, outcome, inputs),
+        "estimated": estimated,
+        "kept_aside": kept_aside,
+        "verdict": judged,
+        "classes_lost": lost,
         "findings": outcome.findings,
         "inputs": {"model_sha256": report.sha256(folder / spec.model), "clean_images": len(clean) if clean is not None else 0},
         "versions": report.versions(),
         "device": str(run.device),
     }
     if outcome.model is not None:
-        path = run.artifact("model.safetensors", kind="cleaned_model", media_type="application/octet-stream")
+        kind = "rejected_model" if judged is not None and judged["verdict"] == "not_purified" else "cleaned_model"
+        path = run.artifact("model.safetensors", kind=kind, media_type="application/octet-stream")
         weights.save(outcome.model, path)
         summary["model"] = {"sha256": report.sha256(path), "bytes": path.stat().st_size}
     summary["seconds"] = round(time.monotonic() - started, 3)
@@ -147,8 +163,13 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _datasets(run: Run, clean: ImageSet | None, test: ImageSet | None, model: Classifier) -> tuple[ImageSet | None, ImageSet | None, str | None]:
-    """Return the clean images, the labelled test images (if any) and what the test images are."""
+def _datasets(
+    run: Run, clean: ImageSet | None, test: ImageSet | None, model: Classifier, *, purifying: bool
+) -> tuple[ImageSet | None, ImageSet | None, ImageSet | None, str | None]:
+    """Return the clean images for the method, those kept aside from it, the labelled test images, and what the test images are.
+
+    A tenth of the clean images is kept aside when a model is purified, or when there is no test set.
+    """
     if clean is not None:
         if not len(clean):
             raise BadDataset("the clean data set is empty", "Upload at least a few images of every class.")
@@ -162,13 +183,24 @@ def _datasets(run: Run, clean: ImageSet | None, test: ImageSet | None, model: Cl
                 f"test images are {tuple(test.images.shape[1:])}, clean images {tuple(clean.images.shape[1:])} (C, H, W)",
                 "Use images of one size and one number of channels.",
             )
-        return clean, test, "test set"
-    if clean is None or clean.labels is None or len(clean) < 10 * model.classes:
-        return clean, None, None
-    # Without a test set a tenth of the clean images is kept from the method and measured on.
-    order = torch.randperm(len(clean), generator=run.generator("hold out"))
-    cut = len(clean) // 10
-    return clean.subset(order[cut:]), clean.subset(order[:cut]), "a tenth of the clean images, kept aside"
+    aside = None
+    if clean is not None and len(clean) >= 10 * model.classes and (purifying or (test is None and clean.labels is not None)):
+        order = torch.randperm(len(clean), generator=run.generator("hold out"))
+        cut = len(clean) // 10
+        clean, aside = clean.subset(order[cut:]), clean.subset(order[:cut])
+    if test is not None:
+        return clean, aside, test, "test set"
+    if aside is None or aside.labels is None:
+        return clean, aside, None, None
+    return clean, None, aside, "a tenth of the clean images, kept aside"
+
+
+def _compare(suspect: Classifier, purified: Classifier, aside: ImageSet) -> dict[str, Any]:
+    """Return accuracy before and after on images kept aside, or without labels how often the purified model agrees with the suspect one."""
+    was, now = (evaluation.predict(model, aside.images).cpu() for model in (suspect, purified))
+    labels = was if aside.labels is None else aside.labels.cpu()
+    before, after = (evaluation.rate(int((found == labels).sum()), len(labels)) for found in (was, now))
+    return {"what": "agreement" if aside.labels is None else "accuracy", "before": before, "after": after}
 
 
 def _triggered(spec: JobSpec, folder: Path, test: ImageSet, attack: AttackParams | None, model: Classifier) -> Triggered | None:
@@ -221,10 +253,12 @@ def _estimate(model: Classifier, outcome: Outcome, inputs: Inputs) -> dict[str, 
     """Return how often each recovered trigger still works: an estimate, never mixed with a measured ASR."""
     if not outcome.triggers or inputs.clean is None:
         return None
-    sample = inputs.clean.images[:1000].float().div(255)
+    images = inputs.clean.images[:1000]
+    truth = evaluation.predict(model, images, mixed=True)
     found: dict[str, Any] = {}
     for label, (mask, pattern) in outcome.triggers.items():
-        stamped = stamp(sample, mask, pattern).clamp(0, 1).mul(255).round().to(torch.uint8)
+        # As for a measured ASR, images of the target class say nothing.
+        stamped = stamp(images[truth != label].float().div(255), mask, pattern).clamp(0, 1).mul(255).round().to(torch.uint8)
         rates = {}
         for when, classifier in (("before", model), ("after", outcome.model)):
             if classifier is not None:

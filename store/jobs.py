@@ -141,12 +141,15 @@ def succeed(session: Session, job_id: str, fence: int, *, results: dict[str, Any
     session.add_all([*artifacts, *([model] if model else [])])
 
 
-def fail(session: Session, job_id: str, fence: int, error: dict[str, Any]) -> None:
-    """Finish a job that the engine says cannot be done.
+def fail(
+    session: Session, job_id: str, fence: int, error: dict[str, Any], *, results: dict[str, Any] | None = None, artifacts: Sequence[Artifact] = ()
+) -> None:
+    """Finish a job that the engine says cannot be done, or whose result must not be used; that one's numbers and files are kept as evidence.
 
     Raises `LostLease`.
     """
-    _finish(session, job_id, fence, states.FAILED, error=error)
+    _finish(session, job_id, fence, states.FAILED, error=error, **({"results": results} if results else {}))
+    session.add_all(artifacts)
 
 
 def cancelled(session: Session, job_id: str, fence: int) -> None:

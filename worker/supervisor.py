@@ -305,8 +305,17 @@ class _Attempt:
             self._keep_alive_quietly()
         cleaned = next((row for row in rows if row.kind == "cleaned_model"), None)
         model = self._model(suspect, cleaned, moment) if cleaned is not None else None
-        results = {name: report.get(name) for name in ("before", "after", "der", "estimated", "findings", "recognised", "measured_on", "seconds")}
+        results = {
+            name: report.get(name)
+            for name in ("before", "after", "der", "estimated", "findings", "recognised", "measured_on", "kept_aside", "verdict", "classes_lost", "seconds")
+        }
+        verdict = report.get("verdict") or {}
         with self._database.write() as session:
+            if verdict.get("verdict") == "not_purified":
+                # Its files are kept as evidence, and no model comes of it.
+                error = {"code": "not_purified", "message": "; ".join(verdict["reasons"]), "advice": verdict["advice"]}
+                jobs.fail(session, self._job.id, self._job.attempt, error, results=results, artifacts=rows)
+                return "failed"
             jobs.succeed(session, self._job.id, self._job.attempt, results=results, artifacts=rows, model=model)
         return "succeeded"
 

@@ -1,0 +1,78 @@
+"""What to call the result of a purification: it must not have made the model worse, and no known trigger may still work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# A method may cost this much accuracy; a class may too, before the report warns.
+LOSS = 0.05
+# Share of triggered images that may still go to the target. Ten classes confuse about 2 % of them anyway.
+LEFT = 0.2
+# Share of unlabelled clean images on which the purified model must still agree with the suspect one.
+AGREEMENT = 0.85
+# Fewer new errors than this are chance, however few images were kept aside.
+LEAST_ERRORS = 3
+
+ADVICE = {
+    "accuracy": "Lower the learning rate or the epochs, give more clean images, or try ft_sam.",
+    "agreement": "Lower the learning rate or the epochs, give more clean images, or try ft_sam.",
+    "recovered_trigger": "Train for more epochs, or try ft_sam, ibau or anp, which do not depend on one recovered trigger.",
+    "asr": "The trigger may be none that a mask can express: try ft_sam, ibau or sau.",
+}
+
+
+def judge(before: dict[str, Any] | None, after: dict[str, Any] | None, aside: dict[str, Any] | None, recovered: dict[str, Any] | None) -> dict[str, Any]:
+    """Return `{verdict, reasons, advice}` of a purification: `purified`, `not_purified` or `not_measured`.
+
+    Args:
+        before, after: `evaluation.evaluate` of the test set, if there is one.
+        aside: rates `before` and `after` on clean images that the method did not see, with `what` they are of: "accuracy" or "agreement".
+        recovered: by label, rates `before` and `after` of the recovered triggers.
+    """
+    found: list[tuple[str, str]] = []
+    measured = before is not None and after is not None
+    if before is not None and after is not None:
+        found += _accuracy(before["ba"], after["ba"], "the test set")
+        if "asr" in before:
+            was, now = before["asr"]["value"], after["asr"]["value"]
+            if now is not None and now > LEFT:
+                found.append(("asr", f"the attack still succeeds on {now:.1%} of the triggered images"))
+            elif was is not None and now is not None and now > was + 0.02:
+                found.append(("asr", f"the attack succeeds more often than before, {now:.1%} after {was:.1%}"))
+    if aside is not None:
+        measured = True
+        if aside["what"] == "accuracy":
+            found += _accuracy(aside["before"], aside["after"], "the clean images kept aside")
+        elif aside["after"]["value"] < AGREEMENT and aside["after"]["n"] - aside["after"]["hits"] >= LEAST_ERRORS:
+            found.append(("agreement", f"the model agrees with the suspect one on only {aside['after']['value']:.1%} of the clean images kept aside"))
+    for label, rates in (recovered or {}).items():
+        measured = True
+        if rates["after"]["value"] is not None and rates["after"]["value"] > LEFT:
+            found.append(("recovered_trigger", f"the recovered trigger still sends {rates['after']['value']:.1%} of the images to class {label}"))
+    if not measured:
+        return {"verdict": "not_measured", "reasons": ["there was nothing to measure the result with"], "advice": "Give clean images or a test set."}
+    if not found:
+        return {"verdict": "purified", "reasons": [], "advice": ""}
+    return {
+        "verdict": "not_purified",
+        "reasons": [reason for _, reason in found],
+        "advice": " ".join(dict.fromkeys(ADVICE[kind] for kind, _ in found)),
+    }
+
+
+def _accuracy(before: dict[str, Any], after: dict[str, Any], where: str) -> list[tuple[str, str]]:
+    lost = before["value"] - after["value"]
+    if lost <= LOSS or before["hits"] - after["hits"] < LEAST_ERRORS:
+        return []
+    return [("accuracy", f"accuracy on {where} fell from {before['value']:.1%} to {after['value']:.1%}")]
+
+
+def losers(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the classes that lost more than five points of accuracy, `{class, before, after}` each, the worst first."""
+    pairs = enumerate(zip(before["per_class"], after["per_class"], strict=True))
+    lost = [
+        {"class": label, "before": was, "after": now}
+        for label, (was, now) in pairs
+        if was["n"] and was["value"] - now["value"] > LOSS and was["hits"] - now["hits"] >= LEAST_ERRORS
+    ]
+    return sorted(lost, key=lambda one: float(one["after"]["value"] - one["before"]["value"]))
