@@ -179,7 +179,7 @@ def one(cell: Cell, threads: int) -> None:
     found["seconds"] = round(time.monotonic() - started, 1)
     found["machine"] = machine()
     keep(cell.path, {"cell": asdict(cell), **found})
-    shown = found["after"] or found["before"]
+    shown = found.get("after") or found["before"]
     asr = f", ASR {shown['asr']['value']:.2%}" if "asr" in shown else ""
     print(f"{cell.row} · {cell.column} · seed {cell.seed}: BA {shown['ba']['value']:.2%}{asr}, {found['seconds']:.0f} s", flush=True)
 
@@ -188,14 +188,25 @@ def defended(cell: Cell, model: Classifier, train: ImageSet, test: ImageSet, tri
     """Run the cell's defense on its victim and measure again; the last state counts, whatever it is."""
     assert cell.defense is not None
     method = catalog.defenses()[cell.defense["method"]]
-    params = catalog.validate({method.name: method}, cell.defense)
+    params = catalog.validate({method.name: method}, filled(cell.defense, cell.attack))
     run = Run(seed=cell.seed, device=cell.setting.device)
     clean = train.sample(int(cell.setting.clean_fraction * len(train)), run.generator("clean images")).to(run.device)
     started = time.monotonic()
-    outcome = method.run(run, Inputs(model=model, clean=clean), params)
+    inputs = Inputs(model=model, clean=clean)
+    try:
+        catalog.require(method, inputs, params)
+        outcome = method.run(run, inputs, params)
+    except EngineError as error:
+        # What a method says it cannot do is a result too.
+        return {"after": None, "refused": error.as_dict(), "defense_seconds": round(time.monotonic() - started, 1)}
     seconds = round(time.monotonic() - started, 1)
     after = evaluation.evaluate(outcome.model, test, triggered) if outcome.model is not None else None
     return {"after": after, "findings": outcome.findings, "defense_seconds": seconds}
+
+
+def filled(defense: dict[str, Any], attack: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a column's parameters for a row: a column may take the row's own attack for its trigger."""
+    return {name: attack if value == "the row's" else value for name, value in defense.items()}
 
 
 def trained(setting: Setting, attack: dict[str, Any] | None, seed: int) -> tuple[Classifier, Recipe | None]:
@@ -260,7 +271,11 @@ def write(name: str, budget: str, table: dict[str, Any], setting: Setting, cells
         "",
     ]
     lines += rendered(table, found)
-    lines += ["", f"Percent, mean ± standard deviation over n seeds; seconds of the defense, or of making the victim. {machines(found)}", ""]
+    lines += [
+        "",
+        f"Percent, mean ± standard deviation over n seeds; worst class: the change, in points, of the class that lost most; seconds of the defense, or of making the victim. {machines(found)}",
+        "",
+    ]
     lines += [*(f"- {note}" for note in table.get("notes", [])), ""]
     if name == "attacks" and found:
         drawn = [cell for cell in cells if cell.path.exists() and cell.attack is not None and cell.seed == 0]
@@ -273,26 +288,37 @@ def write(name: str, budget: str, table: dict[str, Any], setting: Setting, cells
 def rendered(table: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
     """Return the Markdown rows: ours beside the paper's."""
     lines = [
-        "| attack | after | setting of | BA | BA, target excluded | ASR | PA | poisoned | n | seconds | paper: BA | paper: ASR |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| attack | after | setting of | BA | BA, target excluded | ASR | PA | worst class | poisoned | n | seconds | paper: BA | paper: ASR |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in table["rows"]:
         for column in [PLAIN, *(one["name"] for one in table.get("columns", []))]:
             cells = [one for one in found if one["cell"]["row"] == row["name"] and one["cell"]["column"] == column]
             if not cells:
                 continue
-            shown = [one["after"] or one["before"] for one in cells]
+            refused = sorted({one["refused"]["code"] for one in cells if "refused" in one})
+            shown = [one["after"] or one["before"] for one in cells if "refused" not in one]
             paper = row.get("paper", {}).get(column, {})
             paper_ba = paper.get("ba", paper.get("ba_excluding_target"))
             marked = f"{paper_ba}{' (target excluded)' if 'ba' not in paper else ''}" if paper_ba is not None else ""
             counts = cells[0]["counts"]
             seconds = statistics.mean(one["defense_seconds"] if "defense_seconds" in one else one["victim_seconds"] for one in cells)
             lines.append(
-                f"| {row['name']} | {'' if column == PLAIN else column} | {row.get('from', '')} | {spread(shown, 'ba')} | {spread(shown, 'ba_excluding_target')} | "
-                f"{spread(shown, 'asr')} | {spread(shown, 'pa')} | {counts['n_poisoned'] if counts else ''} | {len(cells)} | {seconds:.0f} | "
+                f"| {row['name']} | {'' if column == PLAIN else column}{f' ({", ".join(refused)})' if refused else ''} | {row.get('from', '')} | {spread(shown, 'ba')} | {spread(shown, 'ba_excluding_target')} | "
+                f"{spread(shown, 'asr')} | {spread(shown, 'pa')} | {worst(cells)} | {counts['n_poisoned'] if counts else ''} | {len(cells)} | {seconds:.0f} | "
                 f"{marked} | {paper.get('asr', '')} |"
             )
     return lines
+
+
+def worst(found: list[dict[str, Any]]) -> str:
+    """Return the mean change, in points, of the class that a defense cost most; empty where nothing was defended."""
+    changes = [
+        min(100 * (now["value"] - was["value"]) for was, now in zip(one["before"]["per_class"], one["after"]["per_class"], strict=True))
+        for one in found
+        if one["after"]
+    ]
+    return f"{statistics.mean(changes):+.1f}" if changes else ""
 
 
 def spread(found: list[dict[str, Any]], name: str) -> str:

@@ -151,6 +151,7 @@ class Attack(Method):
     Attributes:
         assets: `assets(params, shape) -> dict`: what the seed alone decides; `mask` (C, H, W) bool is always among it.
         fit: `fit(run, params, assets, train, chosen, surrogate) -> dict`: trains the trigger and returns all assets.
+        fits_trigger: whether `fit` decides what test images look like, or only the poisoned training images.
         poison: `poison(images, params, assets, which) -> images` where the training images differ from the test images;
             `which` are the images' places in the recipe's list.
         disturb: the same for images that keep their labels; the parameters then have `cross_ratio`.
@@ -160,6 +161,7 @@ class Attack(Method):
     fit: Callable[..., Assets] | None = None
     poison: Callable[..., torch.Tensor] | None = None
     disturb: Callable[..., torch.Tensor] | None = None
+    fits_trigger: bool = True
 
 
 _METHODS: dict[str, Method] = {}
@@ -187,6 +189,7 @@ def attack(
     poison: Callable[..., torch.Tensor] | None = None,
     disturb: Callable[..., torch.Tensor] | None = None,
     needs: tuple[Need, ...] = (),
+    fits_trigger: bool = True,
 ) -> Callable[[Callable[[torch.Tensor, Any, Any], torch.Tensor]], Any]:
     """Register `trigger(images, params, assets)` of a file under `core/attacks/`: uint8 (N, C, H, W) in and out.
 
@@ -194,7 +197,8 @@ def attack(
     """
 
     def register(function: Callable[[torch.Tensor, Any, Any], torch.Tensor]) -> Callable[[torch.Tensor, Any, Any], torch.Tensor]:
-        _register(function, Attack, kind=Kind.ATTACK, title=title, paper=paper, needs=needs, assets=assets, fit=fit, poison=poison, disturb=disturb)
+        parts = {"assets": assets, "fit": fit, "poison": poison, "disturb": disturb, "fits_trigger": fits_trigger}
+        _register(function, Attack, kind=Kind.ATTACK, title=title, paper=paper, needs=needs, **parts)
         return function
 
     return register

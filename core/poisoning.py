@@ -246,7 +246,7 @@ def declared(params: AttackParams, shape: Shape, classes: int) -> Trigger:
     attack = catalog.attacks()[params.method]  # type: ignore[attr-defined]
     if params.labels != "all_to_all" and params.target >= classes:
         raise BadRecipe(f"the attack's target {params.target} is not one of the {classes} classes", "Classes count from 0.")
-    if attack.fit is not None:
+    if attack.fit is not None and attack.fits_trigger:
         raise BadRecipe(f"{attack.name} has to be trained: its parameters alone do not say what its trigger is", "Give the triggered images instead.")
     return Trigger(params, attack.assets(params, shape))
 

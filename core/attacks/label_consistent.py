@@ -96,6 +96,7 @@ def poison(images: torch.Tensor, params: LabelConsistent, assets: Assets, which:
     fit=fit,
     poison=poison,
     needs=(Need.MODEL,),
+    fits_trigger=False,
 )
 def trigger(images: torch.Tensor, params: LabelConsistent, assets: Assets) -> torch.Tensor:
     """Put only the patches on: test images are not attacked otherwise."""
