@@ -304,7 +304,7 @@ def rendered(table: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
             counts = cells[0]["counts"]
             seconds = statistics.mean(one["defense_seconds"] if "defense_seconds" in one else one["victim_seconds"] for one in cells)
             lines.append(
-                f"| {row['name']} | {'' if column == PLAIN else column}{f' ({", ".join(refused)})' if refused else ''} | {row.get('from', '')} | {spread(shown, 'ba')} | {spread(shown, 'ba_excluding_target')} | "
+                f"| {row['name']} | {'' if column == PLAIN else column}{' '.join(['', *refused])} | {row.get('from', '')} | {spread(shown, 'ba')} | {spread(shown, 'ba_excluding_target')} | "
                 f"{spread(shown, 'asr')} | {spread(shown, 'pa')} | {worst(cells)} | {counts['n_poisoned'] if counts else ''} | {len(cells)} | {seconds:.0f} | "
                 f"{marked} | {paper.get('asr', '')} |"
             )
