@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
 from core.classifier import Classifier
 from core.errors import LayerMissing, NothingLeft
@@ -71,19 +72,29 @@ class ChannelMasks:
         Args:
             noise: by layer name, (dn, db) of (channels,) each.
         """
-        changed = {}
         for name, layer in self._layers.items():
             on_weight, on_bias = noise[name] if noise else (0.0, 0.0)
-            changed[f"{name}.weight"] = layer.weight.detach() * (self.values[name] + on_weight)
-            changed[f"{name}.bias"] = layer.bias.detach() * (1 + on_bias)
-        output: torch.Tensor = functional_call(self._classifier, changed, (images,))
-        return output
+            weight, bias = layer.weight.detach() * (self.values[name] + on_weight), layer.bias.detach() * (1 + on_bias)
+            # On the object, not through torch.func: that goes by attribute names, and a network's `features` is a method here.
+            layer.forward = functools.partial(_normalise, layer, weight, bias)  # type: ignore[method-assign]
+        try:
+            output: torch.Tensor = self._classifier(images)
+            return output
+        finally:
+            for layer in self._layers.values():
+                del layer.forward
 
     def clip(self) -> None:
         """Bring the masks back into [0, 1]."""
         with torch.no_grad():
             for value in self.values.values():
                 value.clamp_(0, 1)
+
+
+def _normalise(layer: nn.BatchNorm2d, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Do what the layer does, with another weight and bias."""
+    momentum = 0.0 if layer.momentum is None else layer.momentum
+    return F.batch_norm(x, layer.running_mean, layer.running_var, weight, bias, layer.training, momentum, layer.eps)
 
 
 def remove(classifier: Classifier, chosen: dict[str, torch.Tensor], *, bias: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.catalog import Inputs, Need, Outcome, Params, defense
 from core.classifier import Classifier
@@ -69,7 +70,9 @@ def run(run: Run, inputs: Inputs, params: IBAU) -> Outcome:
             hit = torch.zeros(len(images), 1, 1, 1, device=run.device)
             hit[torch.randperm(len(images), generator=generator)[: max(int(params.share * len(images)), 1)].to(run.device)] = 1
             loss = F.cross_entropy(model(images + hit * delta), labels)
-            inner_slope = torch.autograd.grad(_misleading(model, *reference, delta, params.norm_weight), delta, create_graph=True)[0]
+            # Only attention's plain form has second derivatives.
+            with sdpa_kernel(SDPBackend.MATH):
+                inner_slope = torch.autograd.grad(_misleading(model, *reference, delta, params.norm_weight), delta, create_graph=True)[0]
             fixed_point = delta - params.contraction * inner_slope
             for weight, slope in zip(weights, implicit_gradient(loss, fixed_point, delta, weights, params.iterations), strict=True):
                 weight.grad = slope

@@ -24,7 +24,7 @@ class NAD(Tuning):
     teacher_epochs: int = Field(default=10, ge=1, le=1000, title="Teacher's epochs")
     betas: tuple[float, ...] = Field(
         default=(500.0, 1000.0, 1000.0), min_length=1, max_length=8, title="Betas",
-        description="Weights of the last residual groups, in order; groups whose maps have one pixel cannot take part.",
+        description="Weights of the last residual groups whose maps have more than one pixel, in order.",
     )  # fmt: skip
     power: float = Field(default=2.0, gt=0, le=10, title="Power", description="p of the attention map.")
     cutout: bool = Field(default=False, title="Cutout", description="A grey square of three pixels in every training image.")
@@ -39,9 +39,10 @@ class NAD(Tuning):
 def run(run: Run, inputs: Inputs, params: NAD) -> Outcome:
     """Fine-tune a teacher, then fine-tune the model with its attention maps held to the teacher's."""
     assert inputs.model is not None and inputs.clean is not None
-    sizes = [tuple(stage.shape[2:]) for stage in inputs.model.frozen_copy().stages(as_floats(inputs.clean.images[:2]))]
-    groups = list(range(len(sizes)))[-len(params.betas) :]
-    if len(groups) < len(params.betas) or any(max(sizes[group]) == 1 for group in groups):
+    with torch.no_grad():
+        sizes = [tuple(stage.shape[2:]) for stage in inputs.model.frozen_copy().stages(as_floats(inputs.clean.images[:2]))]
+    groups = [group for group, size in enumerate(sizes) if max(size, default=1) > 1][-len(params.betas) :]
+    if len(groups) < len(params.betas):
         raise LayerMissing(
             f"{inputs.model.architecture.name} has maps of {sizes}; NAD needs {len(params.betas)} of more than one pixel",
             "Give fewer `betas`, or another method.",
