@@ -98,6 +98,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
     parser.add_argument("--budget", choices=["full", "cpu"], default="cpu", help="the paper's model and schedule, or what two cores finish")
     parser.add_argument("--rows", default="", help="measure only the rows whose names contain this; all that is measured is written")
+    parser.add_argument("--columns", default="", help="measure only these columns, separated by semicolons and in this order")
     parser.add_argument("--epochs", type=int, help="another number of training epochs; goes into the result")
     parser.add_argument("--jobs", type=int, default=1, help="processes; each gets its share of the cores")
     parser.add_argument("--draw", action="store_true", help="only write the results of the cells measured so far")
@@ -111,7 +112,10 @@ def main() -> int:
     cells = list(planned(table, setting, options.seeds))
     try:
         if not options.draw:
-            measure([cell for cell in cells if options.rows.lower() in cell.row.lower()], options.jobs)
+            wanted = [cell for cell in cells if options.rows.lower() in cell.row.lower()]
+            if options.columns:
+                wanted = [cell for name in options.columns.split(";") for cell in wanted if cell.column == name.strip()]
+            measure(wanted, options.jobs)
     except EngineError as error:
         print(f"{error.message}. {error.advice}", file=sys.stderr)
         return 2

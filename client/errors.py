@@ -74,7 +74,7 @@ class JobFailed(UnpoisonError):
     def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
         error = job.get("error") or {}
-        super().__init__(f"job {job['id']} {job['status']}" + (f": {error['detail']} {error.get('advice', '')}" if error else ""))
+        super().__init__(f"job {job['id']} {job['status']}" + (f": {error['detail'].rstrip('.')}. {error.get('advice', '')}" if error else ""))
 
 
 def from_response(status: int, problem: dict[str, Any]) -> ApiError:

@@ -313,7 +313,9 @@ class _Attempt:
         with self._database.write() as session:
             if verdict.get("verdict") == "not_purified":
                 # Its files are kept as evidence, and no model comes of it.
-                error = {"code": "not_purified", "message": "; ".join(verdict["reasons"]), "advice": verdict["advice"]}
+                error = {
+                    "code": "not_purified", "detail": "; ".join(verdict["reasons"]), "advice": verdict["advice"], "phase": self._phase, "retryable": False,
+                }  # fmt: skip
                 jobs.fail(session, self._job.id, self._job.attempt, error, results=results, artifacts=rows)
                 return "failed"
             jobs.succeed(session, self._job.id, self._job.attempt, results=results, artifacts=rows, model=model)

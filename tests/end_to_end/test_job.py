@@ -51,6 +51,23 @@ def test_a_backdoored_model_comes_back_purified(service: Stack, case: Case, tmp_
         assert client.jobs.list(status="succeeded")[0]["id"] == job["id"]
 
 
+def test_a_model_that_got_worse_is_never_handed_out_as_purified(service: Stack, case: Case) -> None:
+    with service.client() as client:
+        uploaded = upload(client, case)
+        known = {model["id"] for model in client.models.list()}
+        job = client.jobs.create(model=uploaded.model["id"], dataset=uploaded.clean, defense={"method": "fine_tuning", "epochs": 1, "learning_rate": 5})
+        job = client.jobs.wait(job["id"], timeout=120)
+        assert (job["status"], job["error"]["code"], job["cleaned_model_id"]) == ("failed", "not_purified", None), job
+        assert "fell from" in job["error"]["detail"] and job["error"]["advice"]
+        with pytest.raises(JobFailed, match="kept aside|fell from"):
+            succeeded(job)
+        assert job["results"]["verdict"]["verdict"] == "not_purified" and job["results"]["classes_lost"]
+        # What happened can be read, and the weights are there as evidence only.
+        assert {item["kind"] for item in client.jobs.artifacts(job["id"])} >= {"rejected_model", "report_json"}
+        assert client.jobs.report(job["id"])["after"] == job["results"]["after"]
+        assert {model["id"] for model in client.models.list()} == known
+
+
 def test_a_purified_model_can_be_inspected(service: Stack, case: Case) -> None:
     with service.client() as client:
         uploaded = upload(client, case)
