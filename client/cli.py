@@ -286,7 +286,7 @@ def list_artifacts(job: Id) -> None:
 @artifacts.command("get")
 def get_artifact(
     job: Id,
-    kind: Annotated[str, typer.Option(help="cleaned_model, report_json or trigger.")] = "cleaned_model",
+    kind: Annotated[str, typer.Option(help="cleaned_model, report_html, report_json, trigger or rejected_model.")] = "cleaned_model",
     to: Annotated[Path | None, typer.Option("-o", "--output")] = None,
 ) -> None:
     """Download a job's file, verified."""
@@ -315,9 +315,13 @@ def report(job: Id) -> None:
             table.add_row(name, *cells)
     Console().print(f"{found['method']} on {found['recognised']['architecture']}, {found['measured_on'] or 'nothing to measure on'}")
     Console().print(table)
-    verdict = found["findings"].get("verdict")
-    if verdict:
-        Console().print(f"{verdict}: {found['findings']['reason']}")
+    judged = found.get("verdict")
+    if judged:
+        Console().print(f"{judged['verdict']}{': ' if judged['reasons'] else ''}{'; '.join(judged['reasons'])}")
+    elif "verdict" in found["findings"]:
+        Console().print(f"{found['findings']['verdict']}: {found['findings']['reason']}")
+    for one in found.get("classes_lost", ()):
+        Console().print(f"class {one['class']} fell from {_rate(one['before'])} to {_rate(one['after'])}")
 
 
 # -- shared --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from core import catalog, evaluation, poisoning, report, verdict, weights
+from core import catalog, evaluation, page, poisoning, report, verdict, weights
 from core.catalog import Inputs, Kind, Need, Outcome
 from core.classifier import Classifier, Preprocessing
 from core.errors import BadDataset, BadJob
@@ -117,7 +117,7 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
         _announce(run, "after", after)
 
     run.phase("reporting")
-    estimated = _estimate(model, outcome, inputs)
+    estimated = _estimate(model, outcome, inputs, attack)
     kept_aside = None
     if outcome.model is not None and aside is not None:
         purified = outcome.model
@@ -130,8 +130,7 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
     lost = verdict.losers(before, after) if before and after else []
     for one in lost:
         run.warn(f"class {one['class']} fell from {one['before']['value']:.1%} to {one['after']['value']:.1%}", **one)
-    if inputs.clean is not None:
-        report.draw_triggers(run, outcome.triggers, inputs.clean)
+    pictures = report.draw_triggers(run, outcome.triggers, inputs.clean) if inputs.clean is not None else {}
     summary: dict[str, Any] = {
         "kind": method.kind.value,
         "method": method.name,
@@ -140,6 +139,7 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
         "seed": run.seed,
         "recognised": recognition.as_dict(),
         "measured_on": measured_on,
+        "class_names": list(next((data.class_names for data in (test, clean) if data is not None), ())),
         "attack": attack.model_dump(mode="json") if attack is not None else None,
         "before": before,
         "after": after,
@@ -160,6 +160,10 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
         summary["model"] = {"sha256": report.sha256(path), "bytes": path.stat().st_size}
     summary["seconds"] = round(time.monotonic() - started, 3)
     report.write(run, summary)
+    features = []
+    if spec.evaluation is not None and test is not None and outcome.model is not None:
+        features = page.plane(run, {"before": model, "after": outcome.model}, test, triggered)
+    page.write(run, summary, pictures, features)
     return summary
 
 
@@ -249,8 +253,11 @@ def _watcher(run: Run, test: ImageSet | None, triggered: Triggered | None) -> An
     return watch
 
 
-def _estimate(model: Classifier, outcome: Outcome, inputs: Inputs) -> dict[str, Any] | None:
-    """Return how often each recovered trigger still works: an estimate, never mixed with a measured ASR."""
+def _estimate(model: Classifier, outcome: Outcome, inputs: Inputs, attack: AttackParams | None) -> dict[str, Any] | None:
+    """Return how often each recovered trigger still works: an estimate, never mixed with a measured ASR.
+
+    If the attack is known, also how well the mask of its target was recovered, as intersection over union.
+    """
     if not outcome.triggers or inputs.clean is None:
         return None
     images = inputs.clean.images[:1000]
@@ -265,4 +272,10 @@ def _estimate(model: Classifier, outcome: Outcome, inputs: Inputs) -> dict[str, 
                 predicted = evaluation.predict(classifier, stamped, mixed=True)
                 rates[when] = evaluation.rate(int((predicted == label).sum()), len(predicted))
         found[str(label)] = rates
-    return {"recovered_trigger_success": found}
+    estimate: dict[str, Any] = {"recovered_trigger_success": found}
+    if attack is not None and attack.target in outcome.triggers:
+        mask, pattern = outcome.triggers[attack.target]
+        true = poisoning.declared(attack, (pattern.shape[0], pattern.shape[1], pattern.shape[2]), model.classes).assets["mask"].any(0)
+        recovered = mask.cpu() > 0.5
+        estimate["mask_iou"] = int((true & recovered).sum()) / max(int((true | recovered).sum()), 1)
+    return estimate

@@ -42,13 +42,16 @@ def write(run: Run, report: dict[str, Any]) -> None:
     path.write_text(json.dumps(report, indent=1, allow_nan=False))
 
 
-def draw_triggers(run: Run, triggers: dict[int, tuple[torch.Tensor, torch.Tensor]], clean: ImageSet) -> None:
-    """Draw each recovered trigger (mask, mask times pattern, and three stamped images) as a PNG."""
+def draw_triggers(run: Run, triggers: dict[int, tuple[torch.Tensor, torch.Tensor]], clean: ImageSet) -> dict[str, Path]:
+    """Draw each recovered trigger (mask, mask times pattern, and three stamped images) as a PNG; return the files by what they show."""
+    drawn = {}
     for label, (mask, pattern) in triggers.items():
         stamped = stamp(as_floats(clean.images[:3]), mask, pattern)
         tiles = [mask.expand_as(pattern), mask * pattern, *stamped]
         path = run.artifact(f"trigger-class-{label}.png", kind="trigger", media_type="image/png")
         _picture(tiles).save(path)
+        drawn[f"class {label}"] = path
+    return drawn
 
 
 def _picture(tiles: list[torch.Tensor], scale: int = 4) -> Image.Image:

@@ -148,6 +148,8 @@ def test_parameters_are_bounded(name: str) -> None:
 RECOVERED = {"target": 5, "inversion_epochs": 6, "epochs": 3}
 SMALL: dict[str, dict[str, Any]] = {
     "neural_cleanse": {"passes": 3, "batches_per_pass": 2},
+    "mm_bd": {"starts": 2, "steps": 8},
+    "combined": {"passes": 3, "starts": 2, "steps": 4},
     "mcldef": QUICK,
     "mcldef_plus": {**RECOVERED, "correction_epochs": 2},
     "mcldef_true": {"attack": {"method": "badnets", "target": 5}, "epochs": 3},
@@ -196,6 +198,8 @@ def test_every_defense_runs_resumes_and_stops(name: str, case: Case, tmp_path: P
     assert {"phase", "metric", "checkpoint", "artifact"} <= kinds and ("progress" in kinds or name in ("bnp", "clp"))
     kind = catalog.defenses()[name].kind
     assert (tmp_path / "whole" / "out" / "model.safetensors").exists() == (kind is not Kind.INSPECT)
+    page = (tmp_path / "whole" / "out" / "report.html").read_text()
+    assert name in page and report["inputs"]["model_sha256"] in page and "<script" not in page and "http" not in page
 
     staged = sum(event["type"] == "checkpoint" for event in events) > 3
     folder = lay_out(tmp_path / "cut", case, name)
@@ -285,3 +289,16 @@ def test_mcldef_finds_the_target_itself(case: Case, tmp_path: Path) -> None:
     assert findings["target"] == 5
     norms = findings["inspection"]["mask_norms"]
     assert min(norms) == norms[5] and findings["inspection"]["anomaly_index"][5] > 2
+
+
+def test_the_page_escapes_what_users_wrote(case: Case, tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "job", case, "clp")
+    described = json.loads((folder / "inputs" / "test" / "dataset.json").read_text())
+    described["class_names"][0] = "<img src=x onerror=alert(1)>"
+    (folder / "inputs" / "test" / "dataset.json").write_text(json.dumps(described))
+    code, events = engine(folder)
+    assert code == 0, events[-1]
+    page = (folder / "out" / "report.html").read_text()
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page and "<img src=x" not in page
+    # The features of the test images before and after, as pictures without a script.
+    assert page.count("<circle") >= 400 and page.count("<svg") >= 2

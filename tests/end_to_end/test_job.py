@@ -38,7 +38,7 @@ def test_a_backdoored_model_comes_back_purified(service: Stack, case: Case, tmp_
         assert events[-1]["data"]["status"] == "succeeded"
         assert {"asr", "ba"} <= {event["message"] for event in events if event["type"] == "metric"}
         artifacts = {item["kind"]: item for item in client.jobs.artifacts(job["id"])}
-        assert set(artifacts) == {"cleaned_model", "report_json", "trigger"}
+        assert set(artifacts) == {"cleaned_model", "report_json", "report_html", "trigger"}
         client.artifacts.download(artifacts["cleaned_model"]["id"], tmp_path / "clean.safetensors")
         assert hashlib.sha256((tmp_path / "clean.safetensors").read_bytes()).hexdigest() == artifacts["cleaned_model"]["sha256"]
         with safe_open(case.model, "pt") as original, safe_open(tmp_path / "clean.safetensors", "pt") as cleaned:
@@ -59,7 +59,7 @@ def test_a_model_that_got_worse_is_never_handed_out_as_purified(service: Stack, 
         job = client.jobs.wait(job["id"], timeout=120)
         assert (job["status"], job["error"]["code"], job["cleaned_model_id"]) == ("failed", "not_purified", None), job
         assert "fell from" in job["error"]["detail"] and job["error"]["advice"]
-        with pytest.raises(JobFailed, match="kept aside|fell from"):
+        with pytest.raises(JobFailed, match="fell from"):
             succeeded(job)
         assert job["results"]["verdict"]["verdict"] == "not_purified" and job["results"]["classes_lost"]
         # What happened can be read, and the weights are there as evidence only.

@@ -18,7 +18,7 @@ class MMBD(Params):
     starts: int = Field(default=10, ge=1, le=1000, title="Starts", description="Random images a class that are climbed from.")
     steps: int = Field(default=150, ge=1, le=100_000, title="Steps")
     step: float = Field(default=0.1, gt=0, le=1, title="Step size", description="Of the first step, in [0, 1].")
-    significance: float = Field(default=0.05, gt=0, lt=1, title="Significance", description="The model is called backdoored below this p-value.")
+    significance: float = Field(default=0.01, gt=0, lt=1, title="Significance", description="The model is called backdoored below this p-value.")
 
 
 @defense(
@@ -47,6 +47,6 @@ def judge(chance: float, highest: int, classes: int, significance: float) -> tup
         return "not_fully_examined", f"{classes} classes are too few for an outlier test"
     if chance < significance:
         return "backdoored", f"class {highest}'s margin is an outlier (p = {chance:.2g})"
-    if chance < 4 * significance:
+    if chance < 5 * significance:
         return "inconclusive", f"class {highest}'s margin is unusual (p = {chance:.2g})"
     return "no_evidence", f"no class's margin is an outlier (the largest, of class {highest}, has p = {chance:.2g})"

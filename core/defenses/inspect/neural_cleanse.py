@@ -37,6 +37,14 @@ class NeuralCleanse(Params):
 )
 def run(run: Run, inputs: Inputs, params: NeuralCleanse) -> Outcome:
     """Say whether one label can be reached with an anomalously small trigger, and show that trigger."""
+    findings, triggers = examine(run, inputs, params)
+    norms = findings["mask_norms"]
+    shown = findings["suspects"] or [min(range(len(norms)), key=lambda label: norms[label])]
+    return Outcome(findings=findings, triggers={label: triggers.of(label) for label in shown[:3]})
+
+
+def examine(run: Run, inputs: Inputs, params: NeuralCleanse) -> tuple[dict[str, Any], inversion.Triggers]:
+    """Invert every label; return the findings and all triggers."""
     assert inputs.model is not None and inputs.clean is not None
     model, clean = inputs.model, inputs.clean
     if len(clean) < params.batch_size:
@@ -63,7 +71,6 @@ def run(run: Run, inputs: Inputs, params: NeuralCleanse) -> Outcome:
     suspects = inversion.flagged(norms, threshold=params.threshold)
     failed = [label for label, rate in zip(triggers.labels, triggers.success, strict=True) if rate < 0.9]
     verdict, reason = judge(norms, suspects, failed, model.classes, params.threshold)
-    shown = suspects or [min(range(model.classes), key=lambda label: norms[label])]
     findings = {
         "verdict": verdict,
         "reason": reason,
@@ -74,7 +81,7 @@ def run(run: Run, inputs: Inputs, params: NeuralCleanse) -> Outcome:
         "success": list(triggers.success),
     }
     run.log(f"{verdict}: {reason}")
-    return Outcome(findings=findings, triggers={label: triggers.of(label) for label in shown[:3]})
+    return findings, triggers
 
 
 def judge(norms: list[float], suspects: list[int], failed: list[int], classes: int, threshold: float) -> tuple[str, str]:

@@ -1,0 +1,85 @@
+"""The report as one HTML page that stands alone: no script, nothing loaded, every value escaped by the template."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+
+from core.classifier import Classifier
+from core.images import ImageSet, as_floats
+from core.poisoning import Triggered
+from core.run import Run
+
+RATES = (("ba", "Benign accuracy"), ("ba_excluding_target", "… without the target class"), ("asr", "Attack success rate"), ("pa", "Patched accuracy"))
+WIDTH, HEIGHT = 320, 180
+POINTS, POISONED = 240, 60
+COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c755f", "#76b7b2", "#edc948", "#ff9da7", "#bab0ac")
+
+
+def write(run: Run, report: dict[str, Any], pictures: dict[str, Path], features: list[dict[str, Any]]) -> None:
+    """Write report.html from the report, the pictures drawn so far (name: file) and the 2-D features."""
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("core", "pages"), autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["percent"] = lambda rate: "—" if rate is None or rate["value"] is None else f"{100 * rate['value']:.2f} %"
+    environment.filters["interval"] = lambda rate: f"{100 * rate['low']:.2f} – {100 * rate['high']:.2f}, {rate['hits']} of {rate['n']}" if rate["n"] else ""
+    rendered = environment.get_template("report.html").render(
+        report=report,
+        rates=RATES,
+        curves=[(name, curve(values)) for name, values in _histories(report["findings"])],
+        pictures=[(name, base64.b64encode(path.read_bytes()).decode()) for name, path in pictures.items()],
+        features=features,
+        colours=COLOURS,
+        width=WIDTH,
+        height=HEIGHT,
+    )
+    path = run.artifact("report.html", kind="report_html", media_type="text/html; charset=utf-8")
+    path.write_text(rendered, encoding="utf-8")
+
+
+def curve(values: list[float]) -> str:
+    """Return the points of a polyline that shows `values` in the page's small frame."""
+    low, high = min(values), max(values)
+    spread = (high - low) or 1.0
+    step = WIDTH / max(len(values) - 1, 1)
+    return " ".join(f"{index * step:.1f},{HEIGHT - (value - low) / spread * HEIGHT:.1f}" for index, value in enumerate(values))
+
+
+def _histories(findings: dict[str, Any]) -> list[tuple[str, list[float]]]:
+    return [
+        (name, value)
+        for name, value in findings.items()
+        if isinstance(value, list) and "loss" in name and len(value) > 1 and all(isinstance(one, float) for one in value)
+    ]
+
+
+def plane(run: Run, models: dict[str, Classifier], test: ImageSet, triggered: Triggered | None) -> list[dict[str, Any]]:
+    """Return the penultimate features of test images in 2-D for each model (t-SNE, perplexity 30), as points of the page's frame.
+
+    The same images each time: `{title, points: [{x, y, colour}]}`. Triggered images are black.
+    """
+    from sklearn.manifold import TSNE
+
+    assert test.labels is not None
+    clean = test.sample(POINTS, run.generator("figure"))
+    assert clean.labels is not None
+    images, colours = clean.images, [COLOURS[label % len(COLOURS)] for label in clean.labels.tolist()]
+    if triggered is not None and len(triggered.images):
+        extra = triggered.sample(POISONED, run.generator("figure", "triggered")).images
+        images, colours = torch.cat([images.cpu(), extra.cpu()]), colours + ["#000"] * len(extra)
+    found = []
+    for title, model in models.items():
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            vectors = torch.cat([model.eval().features(as_floats(chunk.to(device))) for chunk in images.split(100)]).float().cpu().numpy()
+        if len(vectors) < 10 or not np.ptp(vectors, axis=0).any():
+            continue
+        placed = TSNE(2, perplexity=min(30, len(vectors) // 4), init="pca", random_state=0).fit_transform(vectors)
+        low, spread = placed.min(0), np.maximum(np.ptp(placed, axis=0), 1e-9)
+        scaled = (placed - low) / spread * (WIDTH - 8, HEIGHT - 8) + 4
+        points = [{"x": round(float(x), 1), "y": round(float(y), 1), "colour": colour} for (x, y), colour in zip(scaled, colours, strict=True)]
+        found.append({"title": title, "points": points})
+    return found
