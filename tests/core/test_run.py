@@ -161,6 +161,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "ibau": {"rounds": 4},
     "ft_sam": {"epochs": 4, "batch_size": 64},
     "sau": {"epochs": 4},
+    "npd": {"epochs": 2, "warm_epochs": 2},
     "cbd": {"epochs": 3, "steps": 2, "head": "probe"},
     "anp": {"iterations": 4},
     "rnp": {"unlearning_epochs": 2, "recovering_epochs": 2},
