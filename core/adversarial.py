@@ -23,13 +23,24 @@ def pgd(
         epsilon, step: in [0, 1] units; each of the `steps` ends inside [x - epsilon, x + epsilon] and [0, 1].
         start: added first, (N, C, H, W) in [-epsilon, epsilon]; none starts at the images.
     """
+
+    def loss(moved: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(classifier(moved).float(), labels, reduction="sum")
+
+    return ascend(images, loss, epsilon=epsilon, step=step, steps=steps, start=start)
+
+
+def ascend(
+    images: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor], *, epsilon: float, step: float, steps: int, start: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return images (N, C, H, W) in [0, 1] moved within `epsilon` (L-infinity) by signed gradient ascent on `loss(images)`. See `pgd`."""
     low, high = (images - epsilon).clamp(0, 1), (images + epsilon).clamp(0, 1)
     moved = images if start is None else (images + start).clamp(0, 1)
     for _ in range(steps):
         moved = moved.detach().requires_grad_(True)
         with mixed_precision(images.device):
-            loss = F.cross_entropy(classifier(moved).float(), labels, reduction="sum")
-        (slope,) = torch.autograd.grad(loss, moved)
+            value = loss(moved)
+        (slope,) = torch.autograd.grad(value, moved)
         moved = torch.minimum(torch.maximum(moved.detach() + step * slope.sign(), low), high)
     return moved.detach()
 

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from core import training
+from core.adversarial import ascend
 from core.augment import simclr
 from core.catalog import Inputs, Need, Outcome, defense
 from core.classifier import Classifier
@@ -99,13 +100,10 @@ def adversarial_view(student: Classifier, images: torch.Tensor, anchors: torch.T
     student.eval()
     with torch.no_grad(), mixed_precision(images.device):
         wanted = student.features(anchors).float()
-    low, high = (images - params.epsilon).clamp(0, 1), (images + params.epsilon).clamp(0, 1)
-    moved = images
-    for _ in range(params.steps):
-        moved = moved.detach().requires_grad_(True)
-        with mixed_precision(images.device):
-            value = info_nce(student.features(moved).float(), wanted, temperature=params.temperature)
-        (slope,) = torch.autograd.grad(value, moved)
-        moved = torch.minimum(torch.maximum(moved.detach() + params.step * slope.sign(), low), high)
+
+    def loss(moved: torch.Tensor) -> torch.Tensor:
+        return info_nce(student.features(moved).float(), wanted, temperature=params.temperature)
+
+    moved = ascend(images, loss, epsilon=params.epsilon, step=params.step, steps=params.steps)
     student.train(modes)
-    return moved.detach()
+    return moved
