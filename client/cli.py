@@ -119,6 +119,13 @@ def _uploads(group: typer.Typer, kind: str, columns: list[str]) -> None:
             found = getattr(client, kind).upload(file, name=name, progress=told)
         output.show(found, columns)
 
+    @group.command("inspect", help="Say what a file is, or why it would be refused; nothing is stored.")
+    def inspect(file: File) -> None:
+        with output.client() as client, _transfer(f"sending {file.name}") as told:
+            found = getattr(client, kind).inspect(file, progress=told)
+        # The tensors' names fill pages; --json has them.
+        output.show(found if output.as_json else {"sha256": found["sha256"], **{k: v for k, v in found["description"].items() if k != "tensors"}}, [])
+
     @group.command("ls", help=f"List {kind}.")
     def listing() -> None:
         with output.client() as client:

@@ -49,6 +49,11 @@ class Uploads(Resource):
         """
         return self._transport.drive(flows.upload(self._kind, Path(path), name=name, progress=progress, timeout=timeout))
 
+    def inspect(self, path: str | Path, *, progress: Progress | None = None) -> Result:
+        """Say what a file would be, or raise `Rejected` with the reason; nothing is stored."""
+        params = {"filename": Path(path).name, "validate_only": "true"}
+        return self._call("POST", f"/v1/{self._kind}", params=params, upload=Path(path), progress=progress)
+
     def get(self, upload_id: str) -> Result:
         """Return one."""
         return self._call("GET", f"/v1/{self._kind}/{upload_id}")

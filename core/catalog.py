@@ -206,7 +206,8 @@ def attack(
 
 def methods() -> dict[str, Method]:
     """Return every method by name, defenses and attacks."""
-    _discover()
+    _discover("core.attacks")
+    _discover("core.defenses")
     return dict(sorted(_METHODS.items()))
 
 
@@ -216,8 +217,9 @@ def defenses() -> dict[str, Method]:
 
 
 def attacks() -> dict[str, Attack]:
-    """Return the attacks by name."""
-    return {name: method for name, method in methods().items() if isinstance(method, Attack)}
+    """Return the attacks by name. Files of defenses may call this while they are imported."""
+    _discover("core.attacks")
+    return {name: method for name, method in sorted(_METHODS.items()) if isinstance(method, Attack)}
 
 
 def require(method: Method, inputs: Inputs, params: Params) -> None:
@@ -269,8 +271,7 @@ def _register(function: Callable[..., Any], entry: type[Method], **declared: Any
 
 
 @functools.cache
-def _discover() -> None:
-    for package_name in ("core.attacks", "core.defenses"):
-        package = importlib.import_module(package_name)
-        for module in pkgutil.walk_packages(package.__path__, f"{package_name}."):
-            importlib.import_module(module.name)
+def _discover(package_name: str) -> None:
+    package = importlib.import_module(package_name)
+    for module in pkgutil.walk_packages(package.__path__, f"{package_name}."):
+        importlib.import_module(module.name)

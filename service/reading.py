@@ -44,6 +44,20 @@ class Reader:
         task.add_done_callback(self._tasks.discard)
         await asyncio.wait({task}, timeout=self._settings.intake_wait_seconds)
 
+    async def preview(self, table: type[Model] | type[Dataset], file: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Read a file that is kept nowhere; return what was understood, or the refusal, as the stored upload would have them."""
+
+        def act() -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+            out = file.with_name(f"{uuid.uuid4().hex}.preview")
+            out.mkdir()
+            try:
+                return self._understand(table, file, out)
+            finally:
+                shutil.rmtree(out, ignore_errors=True)
+
+        async with self._slots:
+            return await asyncio.to_thread(act)
+
     async def take_over(self) -> None:
         """Read what another process left unread, for ever."""
         while True:
@@ -79,23 +93,28 @@ class Reader:
             if file is None:
                 file = folder / "file"
                 self._objects.fetch(sha256, file)
-            verdict = door.examine(table.__tablename__, file, out, timeout_seconds=self._settings.intake_seconds)
-            if not verdict.ready:
-                refusal = {"code": verdict.code, "message": verdict.message, "advice": verdict.advice}
+            description, refusal = self._understand(table, file, out)
+            if refusal is not None:
                 self._settle(table, row_id, refusal=refusal)
                 return
-            description = {**verdict.description, "fence": list(verdict.fence)}
-            if table is Model:
-                try:
-                    description |= recognised(description)
-                except EngineError as error:
-                    self._settle(table, row_id, refusal=error.as_dict())
-                    return
             safe = self._keep(out / f"{table.__tablename__}.safetensors")
             details = self._keep(out / "dataset.json") if table is Dataset else None
             self._settle(table, row_id, description=description, safe_sha256=safe, details_sha256=details)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _understand(self, table: type[Model] | type[Dataset], file: Path, out: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Have the fenced reader write a file's safe form into `out`; return its description, or why it was refused."""
+        verdict = door.examine(table.__tablename__, file, out, timeout_seconds=self._settings.intake_seconds)
+        if not verdict.ready:
+            return None, {"code": verdict.code, "message": verdict.message, "advice": verdict.advice}
+        description = {**verdict.description, "fence": list(verdict.fence)}
+        if table is Model:
+            try:
+                description |= recognised(description)
+            except EngineError as error:
+                return None, error.as_dict()
+        return description, None
 
     def _keep(self, path: Path) -> str:
         sha256, size = self._objects.take(path, self._settings.scratch)

@@ -109,6 +109,16 @@ def _upload(row: tables.Model | tables.Dataset) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class Preview(BaseModel):
+    """What an upload would be; nothing was stored."""
+
+    object: Literal["preview"] = "preview"
+    filename: str
+    bytes: int
+    sha256: str
+    description: dict[str, Any]
+
+
 class NewTransfer(Incoming):
     """A file that will arrive in parts."""
 

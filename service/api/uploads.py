@@ -45,7 +45,8 @@ def routes(table: type[Model] | type[Dataset], shape: Any) -> APIRouter:
     router = APIRouter(prefix=f"/v1/{word}s", tags=[f"{word}s"])
 
     @router.post(
-        "", status_code=201, response_model=shape, responses=documented(*UPLOAD_CODES), openapi_extra=BODY, operation_id=f"upload_{word}",
+        "", status_code=201, response_model=shape | schemas.Preview, responses={200: {"model": schemas.Preview}, **documented(*UPLOAD_CODES)},
+        openapi_extra=BODY, operation_id=f"upload_{word}",
         summary=f"Upload a {word}", description=DESCRIPTION,
     )  # fmt: skip
     async def upload(
@@ -55,6 +56,7 @@ def routes(table: type[Model] | type[Dataset], shape: Any) -> APIRouter:
         caller: Writing,
         name: Annotated[schemas.NoNul, Query(description="What to call it.")] = "",
         filename: Annotated[schemas.NoNul, Query(description="The file's name, for giving it back.")] = "",
+        validate_only: Annotated[bool, Query(description="Only say what the file is (200, a preview) or why it would be refused; store nothing.")] = False,
     ) -> Any:
         announced = request.headers.get("content-length", "")
         await asyncio.to_thread(_allowed, opened, caller, int(announced) if announced.isdigit() else 0)
@@ -68,6 +70,8 @@ def routes(table: type[Model] | type[Dataset], shape: Any) -> APIRouter:
             received.path.unlink(missing_ok=True)
             raise
         received.filename = basename(filename or received.filename) or word
+        if validate_only:
+            return await preview(opened, table, response, received)
         return await admit(opened, caller, table, shape, response, received, name or received.fields.get("name", ""), started)
 
     @router.get("", response_model=schemas.Page[shape], responses=documented("not_found"), operation_id=f"list_{word}s", summary=f"List {word}s")
@@ -103,6 +107,24 @@ def routes(table: type[Model] | type[Dataset], shape: Any) -> APIRouter:
     return router
 
 
+async def preview(opened: Context, table: Any, response: Response, received: Received) -> Any:
+    """Have a received file read and forget it; raises `Problem` with the reader's refusal."""
+    try:
+        description, refusal = await opened.reader.preview(table, received.path)
+    finally:
+        received.path.unlink(missing_ok=True)
+    if refusal is not None:
+        raise _refused(refusal)
+    response.status_code = 200
+    response.headers["Cache-Control"] = "no-store"
+    return schemas.Preview(filename=received.filename, bytes=received.bytes, sha256=received.sha256, description=description or {})
+
+
+def _refused(refusal: dict[str, Any], **headers: str) -> Problem:
+    code = refusal["code"] if refusal["code"] in problems.CATALOGUE else "unsafe_file"
+    return Problem(code, f"{refusal['message']}. {refusal['advice']}", headers=headers)
+
+
 async def admit(opened: Context, caller: Caller, table: Any, shape: Any, response: Response, received: Received, name: str, started: float) -> Any:
     """Store a received file, have it read, and answer with the model or dataset; raises `Problem` with the reader's refusal."""
     word = table.__tablename__
@@ -111,9 +133,7 @@ async def admit(opened: Context, caller: Caller, table: Any, shape: Any, respons
     await opened.reader.read(table, row.id, row.sha256)
     row = await asyncio.to_thread(_get, opened, caller, table, row.id)
     if row.status == library.REJECTED:
-        refusal = row.refusal or {}
-        code = refusal["code"] if refusal["code"] in problems.CATALOGUE else "unsafe_file"
-        raise Problem(code, f"{refusal['message']}. {refusal['advice']}", headers={"Location": f"/v1/{word}s/{row.id}"})
+        raise _refused(row.refusal or {}, Location=f"/v1/{word}s/{row.id}")
     response.headers["Server-Timing"] = f"receive;dur={1000 * (stored - started):.1f}, read;dur={1000 * (time.perf_counter() - stored):.1f}"
     response.headers["Location"] = f"/v1/{word}s/{row.id}"
     response.headers["Cache-Control"] = "no-store"

@@ -31,6 +31,9 @@ def test_a_session(service: Stack, case: Case, tmp_path: Path) -> None:
         assert done.returncode == code, (arguments, done.stdout, done.stderr)
         return done.stdout.strip()
 
+    # A preview says what the file is and keeps nothing.
+    assert "wrn-10-1" in run("models", "inspect", str(case.model)) and run("-q", "models", "ls") == ""
+    assert json.loads(run("--json", "datasets", "inspect", str(case.clean)))["description"]["count"] == 300
     model = run("-q", "models", "upload", str(case.model), "--name", "suspect")
     clean = run("-q", "datasets", "upload", str(case.clean))
     test = run("-q", "datasets", "upload", str(case.test))
@@ -38,7 +41,7 @@ def test_a_session(service: Stack, case: Case, tmp_path: Path) -> None:
     assert "Neural Cleanse" in run("methods", "ls") and "temperature" in run("methods", "show", "mcldef")
     plan = json.loads(run("--json", "jobs", "submit", "--model", model, "--dataset", clean, "--method", "mcldef", "-p", "target=5", "--dry-run"))
     assert plan["request"]["defense"]["target"] == 5
-    few = ("-p", "target=5", "-p", "inversion_epochs=2", "-p", "epochs=2")
+    few = ("-p", "target=5", "-p", "inversion_epochs=6", "-p", "epochs=3")
     attack = ("--test", test, "--attack", "method=badnets target=5")
     job = run("-q", "jobs", "submit", "--model", model, "--dataset", clean, "--method", "mcldef", *few, *attack, "--wait")
     assert job in run("-q", "jobs", "ls", "--status", "succeeded")

@@ -241,3 +241,19 @@ def test_a_full_disk_keeps_what_had_arrived(make_stack: StackMaker, tmp_path: Pa
         assert send(http, where, 1_500_000, data[1_500_000:1_600_000]).status_code == 204
         with pytest.raises((NotFound, ApiError)):
             client.models.get("mdl_nothing")
+
+
+def test_a_preview_stores_nothing(api: Stack, case: Case, tmp_path: Path) -> None:
+    (tmp_path / "bad.pt").write_bytes(b"I am a model" * 100)
+    known = api.objects.digests()
+    with api.client(retries=0) as client:
+        found = client.models.inspect(case.model)
+        assert found["object"] == "preview" and found["description"]["architecture"] == "wrn-10-1"
+        assert found["sha256"] == hashlib.sha256(case.model.read_bytes()).hexdigest()
+        assert client.datasets.inspect(case.clean)["description"]["count"] == 300
+        with pytest.raises(ApiError) as refused:
+            client.models.inspect(tmp_path / "bad.pt")
+        assert (refused.value.code, refused.value.status) == ("unsupported_format", 422)
+        assert client.models.list() == client.datasets.list() == []
+    assert api.objects.digests() == known
+    assert not [path for path in (api.folder / "objects" / "incoming").rglob("*") if path.is_file()]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from core import catalog, poisoning
 from core.catalog import Inputs, Need, Outcome, defense
@@ -14,20 +14,19 @@ from core.images import as_floats
 from core.poisoning import AttackParams
 from core.run import Run
 
+if TYPE_CHECKING:
+    Declared = AttackParams
+else:
+    Declared = catalog.union(catalog.attacks())
+
 
 class MCLDefTrue(Contrast):
     """Parameters."""
 
     method: Literal["mcldef_true"]
-    attack: dict[str, Any] = Field(
+    attack: Declared = Field(
         title="Attack", description='The attack whose trigger is used, as in an evaluation: `{"method": "badnets", "target": 5}`. It must need no training.'
     )
-
-    @field_validator("attack")
-    @classmethod
-    def _an_attack(cls, value: dict[str, Any]) -> dict[str, Any]:
-        catalog.validate(catalog.attacks(), value)
-        return value
 
 
 @defense(
@@ -38,8 +37,7 @@ class MCLDefTrue(Contrast):
 def run(run: Run, inputs: Inputs, params: MCLDefTrue) -> Outcome:
     """Purify with model-contrastive learning against a declared attack's own trigger; no labels."""
     assert inputs.model is not None and inputs.clean is not None
-    declared = catalog.validate(catalog.attacks(), params.attack)
-    assert isinstance(declared, AttackParams)
+    declared = params.attack
     _, channels, height, width = inputs.clean.images.shape
     trigger = poisoning.declared(declared, (channels, height, width), inputs.model.classes)
 
