@@ -308,6 +308,13 @@ def get_artifact(
 
 
 @app.command()
+def audit() -> None:
+    """Show who changed or took away what; needs a key with the scope admin."""
+    with output.client() as client:
+        output.show(client.audit.list(), ["created_at", "action", "subject", "status", "key_id", "address"])
+
+
+@app.command()
 def report(job: Id) -> None:
     """Print a job's report."""
     with output.client() as client:

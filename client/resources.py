@@ -180,6 +180,14 @@ class Keys(Resource):
         return self._call("DELETE", f"/v1/keys/{key_id}")
 
 
+class Audit(Resource):
+    """The audit log; needs the scope `admin`."""
+
+    def list(self) -> Result:
+        """Return who changed or took away what, newest first."""
+        return self._transport.drive(flows.pages("/v1/audit", {"limit": 100}))
+
+
 def succeeded(job: Json) -> Json:
     """Return the job if it succeeded.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from client._http import AsyncTransport, SyncTransport
-from client.resources import Artifacts, Jobs, Keys, Methods, Transport, Uploads
+from client.resources import Artifacts, Audit, Jobs, Keys, Methods, Transport, Uploads
 
 DEFAULT_URL = "http://127.0.0.1:8642"
 
@@ -40,6 +40,7 @@ class _Surface:
         self.jobs = Jobs(transport)
         self.artifacts = Artifacts(transport)
         self.keys = Keys(transport)
+        self.audit = Audit(transport)
 
 
 class Client(_Surface):

@@ -16,11 +16,13 @@ from fastapi.openapi.utils import get_openapi
 from prometheus_client import Counter, Histogram
 
 from service import problems, schemas
+from service.api import audit as audit_routes
 from service.api import health, jobs, keys, methods, transfers, uploads
-from service.context import Context
+from service.context import Caller, Context
 from service.reading import Reader
-from store import queue
+from store import audit, queue
 from store.database import Database
+from store.errors import StoreError
 from store.objects import Objects
 from store.settings import Settings
 from store.tables import Dataset, Model
@@ -28,6 +30,8 @@ from store.tables import Dataset, Model
 logger = structlog.get_logger()
 DURATION = Histogram("http_server_request_duration_seconds", "Time until the response began.", ["method", "status"])
 RECEIVED = Counter("unpoison_upload_bytes_total", "Bytes of request bodies.")
+# Reading is not noted, taking away is.
+DOWNLOADS = frozenset({"download_model", "download_dataset", "download_artifact", "get_report"})
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 
@@ -51,9 +55,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.context = opened
     app.include_router(uploads.routes(Model, schemas.Model))
     app.include_router(uploads.routes(Dataset, schemas.Dataset))
-    for router in (transfers.router, methods.router, jobs.router, keys.router, health.router):
+    for router in (transfers.router, methods.router, jobs.router, keys.router, audit_routes.router, health.router):
         app.include_router(router)
     problems.install(app)
+    app.add_middleware(Audit, opened=opened)
     app.add_middleware(RequestIds)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -71,6 +76,44 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         parts["Problem"] = shape
         app.openapi_schema = document
     return app.openapi_schema
+
+
+class Audit:
+    """Notes who changed or took away what, when the answer is known; plain ASGI, inside of `RequestIds`."""
+
+    def __init__(self, app: Any, opened: Context) -> None:
+        self._app, self._opened = app, opened
+
+    async def __call__(self, scope: Scope, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]) -> None:
+        """Handle one connection."""
+        answer: Message = {}
+
+        async def seen(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answer.update(message)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, seen)
+        finally:
+            caller = scope.get("state", {}).get("caller")
+            action = getattr(scope.get("route"), "operation_id", None)
+            if caller is not None and action and (scope["method"] not in ("GET", "HEAD") or action in DOWNLOADS):
+                await asyncio.to_thread(self._note, scope, caller, action, answer)
+
+    def _note(self, scope: Scope, caller: Caller, action: str, answer: Message) -> None:
+        headers = {name.lower(): value for name, value in answer.get("headers", ())}
+        made = headers.get(b"location", b"").decode("latin-1").rsplit("/", 1)[-1]
+        named = next(iter(scope.get("path_params", {}).values()), "")
+        try:
+            with self._opened.database.write() as session:
+                audit.note(
+                    session, tenant=caller.tenant, key_id=caller.key_id, action=action, subject=str(named or made), status=answer.get("status", 0),
+                    request_id=scope["state"].get("request_id", ""), address=(scope.get("client") or ("",))[0],
+                )  # fmt: skip
+        except StoreError as error:
+            # The deed is done and its answer sent; what is lost here must at least be in the process's log.
+            logger.error("not in the audit log", action=action, subject=str(named or made), key_id=caller.key_id, error=error.detail)
 
 
 class RequestIds:

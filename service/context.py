@@ -76,19 +76,29 @@ def _authenticate(opened: Context, credentials: HTTPAuthorizationCredentials | N
     return Caller(row.id, row.tenant, row.name, tuple(row.scopes))
 
 
-async def reads(opened: Annotated[Context, Depends(context)], credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> Caller:
+async def _known(request: Request, opened: Context, credentials: HTTPAuthorizationCredentials | None, scope: str) -> Caller:
+    caller = await opened.database.ask(lambda: _authenticate(opened, credentials, scope))
+    # For the audit log, which is written when the answer is known.
+    request.state.caller = caller
+    return caller
+
+
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
+
+
+async def reads(request: Request, opened: Annotated[Context, Depends(context)], credentials: Credentials) -> Caller:
     """Demand a key that may read."""
-    return await opened.database.ask(lambda: _authenticate(opened, credentials, "read"))
+    return await _known(request, opened, credentials, "read")
 
 
-async def writes(opened: Annotated[Context, Depends(context)], credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> Caller:
+async def writes(request: Request, opened: Annotated[Context, Depends(context)], credentials: Credentials) -> Caller:
     """Demand a key that may write."""
-    return await opened.database.ask(lambda: _authenticate(opened, credentials, "write"))
+    return await _known(request, opened, credentials, "write")
 
 
-async def administers(opened: Annotated[Context, Depends(context)], credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> Caller:
+async def administers(request: Request, opened: Annotated[Context, Depends(context)], credentials: Credentials) -> Caller:
     """Demand a key that may manage keys."""
-    return await opened.database.ask(lambda: _authenticate(opened, credentials, "admin"))
+    return await _known(request, opened, credentials, "admin")
 
 
 Opened = Annotated[Context, Depends(context)]

@@ -119,6 +119,28 @@ class Preview(BaseModel):
     description: dict[str, Any]
 
 
+class Deed(BaseModel):
+    """An entry of the audit log."""
+
+    id: str
+    object: Literal["deed"] = "deed"
+    action: str = Field(description="The operation, as this document names it.")
+    subject: str = Field(description="The id it was about; empty when there is none.")
+    key_id: str
+    status: int = Field(description="Of the answer; 0 when the connection broke before there was one.")
+    request_id: str
+    address: str
+    created_at: Time
+
+    @classmethod
+    def of(cls, row: tables.Deed) -> Deed:
+        """Return the JSON form of a row."""
+        return cls(
+            id=row.id, action=row.action, subject=row.subject, key_id=row.key_id, status=row.status, request_id=row.request_id, address=row.address,
+            created_at=row.created_at,
+        )  # fmt: skip
+
+
 class NewTransfer(Incoming):
     """A file that will arrive in parts."""
 

@@ -30,6 +30,7 @@ class Settings(BaseSettings):
     quota_uploads: int | None = Field(default=None, ge=0, description="Models and data sets a tenant may keep; None: no limit.")
     quota_bytes: int | None = Field(default=None, ge=0, description="Bytes of uploads a tenant may keep; None: no limit.")
     quota_jobs: int | None = Field(default=None, ge=0, description="Jobs a tenant may have waiting or running; None: no limit.")
+    audit_days: float = Field(default=400.0, gt=0, description="How long entries of the audit log are kept.")
     transfer_seconds: float = Field(default=86_400.0, gt=0, description="How long an upload in parts is kept without a new part.")
     intake_seconds: float = Field(default=1800.0, gt=0, description="Longest time one file may take to read.")
     intake_wait_seconds: float = Field(default=20.0, ge=0, description="How long an upload's answer waits for the file to be read.")

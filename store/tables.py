@@ -206,3 +206,23 @@ class TransferPart(Table):
     offset: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(String(64), index=True)
+
+
+class Deed(Table):
+    """One entry of the audit log.
+
+    Attributes:
+        action: the API's operation. subject: the id it was about, or empty. status: of the answer.
+    """
+
+    __tablename__ = "deed"
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    tenant: Mapped[str] = mapped_column(Id)
+    key_id: Mapped[str] = mapped_column(Id)
+    action: Mapped[str] = mapped_column(String(64))
+    subject: Mapped[str] = mapped_column(Id)
+    status: Mapped[int] = mapped_column(Integer)
+    request_id: Mapped[str] = mapped_column(Id)
+    address: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[float] = mapped_column(Float(53))
+    __table_args__ = (Index("ix_deed_tenant", "tenant", "created_at", "id"),)

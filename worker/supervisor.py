@@ -18,7 +18,7 @@ from typing import Any
 
 import structlog
 
-from store import idempotency, ids, jobs, library, transfers
+from store import audit, idempotency, ids, jobs, library, transfers
 from store.database import Database
 from store.errors import LostLease, NotFound, StoreUnavailable
 from store.objects import Objects
@@ -434,6 +434,7 @@ def tidy(settings: Settings, database: Database, objects: Objects) -> None:
         gone = library.unreferenced(session, older_than_seconds=3600)
         idempotency.forget_expired(session)
         transfers.forget_expired(session)
+        audit.forget_old(session, older_than_seconds=86_400 * settings.audit_days)
     for sha256 in gone:
         objects.delete(sha256)
     # Longer than the longest reading of an upload, which keeps a folder there.
