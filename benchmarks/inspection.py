@@ -26,12 +26,12 @@ from core.run import Run
 ATTACKS: tuple[dict[str, Any], ...] = (
     {"method": "badnets"},
     {"method": "badnets", "size": 2, "place": "random"},
-    {"method": "trojan", "size": 4},
+    {"method": "trojan"},
     {"method": "blend", "alpha": 0.3},
     {"method": "sig", "labels": "all_to_one", "sampling": "S1"},
-    {"method": "wanet"},
+    {"method": "wanet", "sampling": "S1"},
     {"method": "low_frequency"},
-    {"method": "chessboard"},
+    {"method": "chessboard", "sampling": "S1"},
     {"method": "l0_invisible"},
     {"method": "bpp"},
 )
@@ -78,8 +78,16 @@ def one(wanted: tuple[int, dict[str, Any] | None]) -> dict[str, Any]:
     findings = method.run(run, Inputs(model=model, clean=data.clean), method.params(method="combined")).findings
     inspected = {name: {key: said[key] for key in ("verdict", "target", "reason")} for name, said in {**findings["methods"], "combined": findings}.items()}
     result = {"seed": seed, "attack": attack, "target": trigger.params.target if trigger else None, "ba": measured["ba"]["value"], **inspected}
+    margins, masks = findings["methods"]["mm_bd"], findings["methods"]["neural_cleanse"]
+    result["scores"] = {
+        "p_value": margins["p_value"],
+        "margins": margins["margins"],
+        "anomaly_index": masks["anomaly_index"],
+        "mask_norms": masks["mask_norms"],
+    }
     result |= {"asr": measured["asr"]["value"] if trigger else None, "seconds": round(time.monotonic() - started, 1)}
     print(
+        f"p {margins['p_value']:.2g}",
         seed,
         attack and attack["method"],
         f"BA {result['ba']:.2f}",

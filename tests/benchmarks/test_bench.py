@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import bench
-from core import catalog, victim
+from benchmarks import bench, digits, inspection
+from core import catalog, poisoning, victim
 from core.images import ImageSet
+from core.poisoning import AttackParams
+from core.run import Run
 from tests.core.test_attacks import noise
 
 TABLES = sorted((bench.HERE / "tables").glob("*.toml"))
@@ -92,3 +95,12 @@ def test_a_stopped_training_goes_on_to_the_same_victim(setting: bench.Setting, t
     monkeypatch.setattr(victim, "train", original)
     again = bench.trained(setting, attack, 0)[0].state_dict()
     assert all((again[name] == value).all() for name, value in whole.items())
+
+
+def test_the_inspected_models_can_all_be_made() -> None:
+    train = digits.load(0).train
+    for attack in inspection.ATTACKS:
+        params = catalog.validate(catalog.attacks(), {"target": 3, **attack})
+        assert isinstance(params, AttackParams)
+        recipe = poisoning.plan(Run(device="cpu"), params, train)
+        assert not torch.equal(poisoning.poison(train, recipe).data.images, train.images), attack
