@@ -20,7 +20,7 @@ from service.api import audit as audit_routes
 from service.api import health, jobs, keys, methods, transfers, uploads
 from service.context import Caller, Context
 from service.reading import Reader
-from store import audit, queue
+from store import audit, ids, queue
 from store.database import Database
 from store.errors import StoreError
 from store.objects import Objects
@@ -104,16 +104,18 @@ class Audit:
     def _note(self, scope: Scope, caller: Caller, action: str, answer: Message) -> None:
         headers = {name.lower(): value for name, value in answer.get("headers", ())}
         made = headers.get(b"location", b"").decode("latin-1").rsplit("/", 1)[-1]
-        named = next(iter(scope.get("path_params", {}).values()), "")
+        # What a stranger wrote into the path is noted only if it could be an id.
+        named = [str(value) for value in scope.get("path_params", {}).values()]
+        subject = next((one for one in [*named, made] if ids.PATTERN.fullmatch(one)), "")
         try:
             with self._opened.database.write() as session:
                 audit.note(
-                    session, tenant=caller.tenant, key_id=caller.key_id, action=action, subject=str(named or made), status=answer.get("status", 0),
+                    session, tenant=caller.tenant, key_id=caller.key_id, action=action, subject=subject, status=answer.get("status", 0),
                     request_id=scope["state"].get("request_id", ""), address=(scope.get("client") or ("",))[0],
                 )  # fmt: skip
         except StoreError as error:
             # The deed is done and its answer sent; what is lost here must at least be in the process's log.
-            logger.error("not in the audit log", action=action, subject=str(named or made), key_id=caller.key_id, error=error.detail)
+            logger.error("not in the audit log", action=action, subject=subject, key_id=caller.key_id, error=error.detail)
 
 
 class RequestIds:

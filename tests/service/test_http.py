@@ -324,3 +324,38 @@ def test_an_upload_whose_reader_died_is_read_by_the_next_process(make_stack: Sta
             assert time.monotonic() < until
             time.sleep(0.1)
         assert json.dumps(client.models.get(model["id"])["description"])
+
+
+def test_the_audit_log_says_who_did_what(api: Stack, case: Case) -> None:
+    with api.client(retries=0) as client, api.client(retries=0) as stranger:
+        uploaded = upload(client, case)
+        job = uploaded.job(client)
+        client.jobs.cancel(job["id"])
+        raw(client).get(f"/v1/models/{uploaded.model['id']}/content")
+        raw(client).get(f"/v1/models/{uploaded.model['id']}")
+        client.models.delete(uploaded.model["id"])
+        with pytest.raises(NotFound):
+            client.models.delete(uploaded.model["id"])
+        raw(client).delete("/v1/models/%00%3Cscript%3E" + "x" * 500)
+        # An entry is written after its answer.
+        until = time.monotonic() + 5
+        while len(client.audit.list()) < 9 and time.monotonic() < until:
+            time.sleep(0.05)
+        noted = [(entry["action"], entry["subject"], entry["status"]) for entry in reversed(client.audit.list())]
+        model = uploaded.model["id"]
+        assert noted == [
+            ("upload_model", model, 201),
+            ("upload_dataset", uploaded.clean["id"], 201),
+            ("upload_dataset", uploaded.test["id"], 201),
+            ("create_job", job["id"], 202),
+            ("cancel_job", job["id"], 200),
+            ("download_model", model, 200),
+            ("delete_model", model, 204),
+            ("delete_model", model, 404),
+            ("delete_model", "", 404),
+        ]
+        assert {entry["key_id"] for entry in client.audit.list()} == {client.keys.list()[0]["id"]}
+        assert stranger.audit.list() == []
+        reader = client.keys.create(name="ci", scopes=["read"])["secret"]
+        answer = httpx.get(f"{api.url}/v1/audit", headers={"Authorization": f"Bearer {reader}"})
+        assert (answer.status_code, answer.json()["code"]) == (403, "insufficient_scope")
