@@ -39,6 +39,11 @@ JOBS ?= 1
 bench: .venv/ready ## a table of benchmarks/tables: make bench TABLE=attacks SEEDS=3 DEVICE=cuda|cpu BUDGET=full|cpu JOBS=2
 	$(BIN)/python -m benchmarks.bench $(TABLE) --seeds $(SEEDS) --device $(DEVICE) --budget $(BUDGET) --jobs $(JOBS)
 
+FUZZ_SECONDS ?= 600
+fuzz: .venv/ready ## ten minutes of coverage-guided fuzzing of each reader (FUZZ_SECONDS=…); needs Linux on x86-64 or arm64
+	$(BIN)/python -m tests.intake.fuzz model --seconds $(FUZZ_SECONDS)
+	$(BIN)/python -m tests.intake.fuzz dataset --seconds $(FUZZ_SECONDS)
+
 bench-speed: .venv/ready ## how fast poisoning and training are
 	$(BIN)/python -m benchmarks.speed
 
@@ -46,4 +51,4 @@ bench-service: .venv/ready ## the published case through the service, and the AP
 	$(BIN)/python -m benchmarks.published_mcldef
 	$(BIN)/python -m benchmarks.api
 
-.PHONY: help demo test check documents serve bench bench-speed bench-service
+.PHONY: help demo test check documents serve bench bench-speed bench-service fuzz

@@ -200,6 +200,9 @@ def _zip(file: BinaryIO, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
 
 def _member_start(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     """Return where a stored member's bytes begin, after checking that its local header agrees with the directory."""
+    if entry.header_offset < 0:
+        # zipfile makes offsets relative to where it believes the archive begins.
+        raise damaged(f"archive entry {entry.filename} lies before the file")
     file.seek(entry.header_offset)
     local = file.read(30)
     if len(local) != 30 or local[:4] != b"PK\x03\x04":

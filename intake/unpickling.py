@@ -6,14 +6,16 @@ scalars, argument namespaces) becomes an inert stub; every other global refuses 
 
 from __future__ import annotations
 
+import os
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from intake.refusal import Refusal, damaged
 
 MAX_OPCODES = 5_000_000
+MAX_LINE = 1 << 20
 MAX_DEPTH = 200
 
 
@@ -79,6 +81,23 @@ INERT = {
 }  # fmt: skip
 
 
+class _Bounded:
+    """What pickletools reads: never more than is there. A buffered file reserves what it is asked for before it looks."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        position = file.tell()
+        self._end = file.seek(0, os.SEEK_END)
+        file.seek(position)
+        self.tell = file.tell
+
+    def read(self, count: int) -> bytes:
+        return self._file.read(max(min(count, self._end - self._file.tell()), 0))
+
+    def readline(self) -> bytes:
+        return self._file.readline(MAX_LINE)
+
+
 class Interpreter:
     """Runs one pickle to an abstract value.
 
@@ -100,7 +119,7 @@ class Interpreter:
         Raises `Refusal` for anything that is not plain data and tensors.
         """
         try:
-            for count, (opcode, argument, position) in enumerate(pickletools.genops(file)):
+            for count, (opcode, argument, position) in enumerate(pickletools.genops(cast(BinaryIO, _Bounded(file)))):
                 if count > MAX_OPCODES:
                     raise Refusal("unsafe_file", f"the pickle has more than {MAX_OPCODES} opcodes", "Save only the state dict.")
                 if opcode.name == "STOP":

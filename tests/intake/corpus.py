@@ -138,6 +138,7 @@ def checkpoints(marker: str) -> Iterator[tuple[str, bytes]]:
     yield "doubling references as size", torch_zip(b"\x80\x02" + DOUBLING + b"}" + text("t") + tensor(shape=b"h\x3c\x85") + b"s.")
     yield "doubling references as stride", torch_zip(b"\x80\x02" + DOUBLING + b"}" + text("t") + tensor(stride=b"h\x3c\x85") + b"s.")
     yield "doubling references as storage key", legacy(state(tensor())).replace(pickle.dumps(["0"], 2), b"\x80\x02" + DOUBLING + b"]h\x3ca.")
+    yield "legacy bytes of an exbyte", legacy(b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60) + b"x.")
     yield "size of ten thousand bytes", torch_zip(state(tensor(shape=b"\x8b" + struct.pack("<i", 10_000) + b"\x7f" * 10_000 + b"\x85")))
     # Lies about tensors.
     for name, record in {
