@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import importlib
 import pkgutil
 import re
@@ -68,7 +70,7 @@ def recognise(shapes: Shapes) -> list[Architecture]:
     prefix = ""
     names = dict(shapes)
     while True:
-        found = [variant for module in _families() for variant in module.variants(names)]
+        found = [variant for module in families() for variant in module.variants(names)]
         if found:
             return [Architecture(**{**vars(variant), "prefix": prefix}) for variant in found]
         step = next((p for p in PREFIXES if names and all(name.startswith(p) for name in names)), None)
@@ -79,21 +81,23 @@ def recognise(shapes: Shapes) -> list[Architecture]:
     listing = ", ".join(f"{name} {list(shape)}" for name, shape in list(names.items())[:20])
     raise ArchitectureUnknown(
         f"no architecture of the catalogue has these {len(names)} tensors: {listing or 'none at all'}",
-        f"Known families: {', '.join(module.FAMILY for module in _families())}. Upload the state dict of one of them, with its original tensor names.",
+        f"Known families: {', '.join(module.FAMILY for module in families())}. Upload the state dict of one of them, with its original tensor names.",
     )
 
 
 def names() -> tuple[str, ...]:
     """Return the names that `named` knows."""
-    return tuple(sorted(name for family in _families() for name in family.NAMES))
+    return tuple(sorted(name for family in families() for name in family.NAMES))
 
 
 def named(name: str, *, classes: int, channels: int = 3) -> Architecture:
     """Return an architecture by its name; raises `ArchitectureUnknown` with the names there are."""
-    for family in _families():
+    for family in families():
         if name in family.NAMES:
             return family.describe(**family.NAMES[name], classes=classes, channels=channels)
-    raise ArchitectureUnknown(f"there is no architecture {name!r}", f"Names: {', '.join(names())}.")
+    near = difflib.get_close_matches(name, names(), 8, 0.5)
+    rest = f"{len(names())} names are known, such as resnet18-cifar, wrn-16-1, vit-b-16, and timm's with `timm-` before them."
+    raise ArchitectureUnknown(f"there is no architecture {name!r}", f"Close to it: {', '.join(near)}. {rest}" if near else rest[0].upper() + rest[1:])
 
 
 def count_blocks(shapes: Shapes, prefix: str) -> int:
@@ -102,7 +106,9 @@ def count_blocks(shapes: Shapes, prefix: str) -> int:
     return sum(number.isdigit() for number in numbers)
 
 
-def _families() -> list[Any]:
+@functools.cache
+def families() -> list[Any]:
+    """Return the modules of this folder that know a family of architectures."""
     import core.architectures as package
 
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
