@@ -19,7 +19,7 @@ class Combined(Params):
     threshold: float = Field(default=3.0, gt=0, le=100, title="Anomaly index", description="Of Neural Cleanse.")
     starts: int = Field(default=10, ge=1, le=1000, title="Starts of MM-BD", description="Random images a class.")
     steps: int = Field(default=150, ge=1, le=100_000, title="Steps of MM-BD")
-    significance: float = Field(default=0.01, gt=0, lt=1, title="Significance", description="Of MM-BD.")
+    significance: float = Field(default=0.005, gt=0, lt=1, title="Significance", description="Of MM-BD.")
 
 
 @defense(
