@@ -25,7 +25,7 @@ class Contrast(Tuning):
     learning_rate: float = rate_field(0.2, "Of the first epoch; a tenth until half of the epochs, then a hundredth. As published: 0.1.")
     temperature: float = Field(default=0.5, gt=0, le=10, title="Temperature", description="tau of Eqs. 3 and 4.")
     anchor: float = Field(
-        default=4.0,
+        default=2.0,
         ge=0,
         le=100,
         title="Clean anchor",
