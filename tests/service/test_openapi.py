@@ -15,7 +15,7 @@ from tests.stack import ROOT, Stack
 def schemathesis(stack: Stack, folder: Path, *more: str) -> None:
     command = [
         str(Path(sys.executable).parent / "schemathesis"), "run", f"{stack.url}/openapi.json", "--header", f"Authorization: Bearer {stack.make_key()}",
-        "--max-examples", os.environ.get("UNPOISON_EXAMPLES", "15"), "--seed", "7", "--no-color", "--request-timeout", "30", *more,
+        "--max-examples", os.environ.get("UNPOISON_EXAMPLES", "10"), "--seed", "7", "--no-color", "--request-timeout", "30", *more,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
