@@ -172,7 +172,8 @@ def lay_out(folder: Path, case: Case, method: str) -> Path:
     (folder / "inputs").mkdir(parents=True)
     (folder / "inputs" / "model.safetensors").write_bytes(case.model.read_bytes())
     case.data.clean.save(folder / "inputs" / "clean")
-    case.data.test.save(folder / "inputs" / "test")
+    # The figure of the features takes its time with the number of images.
+    case.data.test.subset(torch.arange(120)).save(folder / "inputs" / "test")
     spec = {
         "defense": {**SMALL.get(method, {}), "method": method},
         "model": "inputs/model.safetensors",
@@ -302,4 +303,4 @@ def test_the_page_escapes_what_users_wrote(case: Case, tmp_path: Path) -> None:
     page = (folder / "out" / "report.html").read_text()
     assert "&lt;img src=x onerror=alert(1)&gt;" in page and "<img src=x" not in page
     # The features of the test images before and after, as pictures without a script.
-    assert page.count("<circle") >= 400 and page.count("<svg") >= 2
+    assert page.count("<circle") >= 200 and page.count("<svg") >= 2
