@@ -146,7 +146,7 @@ def test_finished_labels_keep_their_trigger() -> None:
 
 
 def test_a_pattern_clipped_after_normalisation_is_an_affine_pixel_pattern() -> None:
-    from core.defenses.purify.mcldef import pattern_space
+    from core.recovery import pattern_space
 
     model = tiny()
     scale, offset = pattern_space(model, "normalized_clip01")
