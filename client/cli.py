@@ -25,7 +25,7 @@ from client.sessions import Client
 
 EXIT = {"succeeded": 0, "failed": 2, "crashed": 3, "cancelled": 4}
 EXIT_ERROR, EXIT_TIMEOUT = 1, 5
-JOB = ["id", "status", "method", "attempt", "cleaned_model_id", "started_at", "finished_at"]
+JOB = ["id", "status", "method", "attempt", "cleaned_model_id", "cleansed_dataset_id", "started_at", "finished_at"]
 err = Console(stderr=True)
 
 
@@ -182,9 +182,10 @@ def show_method(name: Annotated[str, typer.Argument()]) -> None:
 
 @jobs.command("submit")
 def submit(
-    model: Annotated[str, typer.Option(help="Id of the suspect model.")],
-    method: Annotated[str, typer.Option(help="See `unpoison methods ls`.")],
-    dataset: Annotated[str | None, typer.Option(help="Id of the clean images; `evaluate` needs none.")] = None,
+    method: Annotated[str, typer.Option(help="See `unpoison methods ls`; it also says what each needs.")],
+    model: Annotated[str | None, typer.Option(help="Id of the suspect model.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Id of the clean images.")] = None,
+    suspect: Annotated[str | None, typer.Option(help="Id of the untrusted training set, to cleanse it or to train on it.")] = None,
     param: Annotated[list[str] | None, typer.Option("-p", "--param", metavar="KEY=VALUE", help="A parameter; may be repeated.")] = None,
     params: Annotated[Path | None, typer.Option(help="A JSON file of parameters.", exists=True)] = None,
     test: Annotated[str | None, typer.Option(help="Id of a labelled test set: BA is measured on it.")] = None,
@@ -209,7 +210,9 @@ def submit(
     if (known or triggered) and not test:
         raise typer.BadParameter("--attack and --triggered need --test: BA is measured on a clean test set")
     with output.client() as client:
-        job = client.jobs.create(model=model, dataset=dataset, defense=defense, evaluation=evaluation, seed=seed, validate_only=dry_run)
+        job = client.jobs.create(
+            model=model, dataset=dataset, suspect_dataset=suspect, defense=defense, evaluation=evaluation, seed=seed, validate_only=dry_run
+        )
         if dry_run or not wait:
             output.show(job, ["object", "method", "kind", "request"] if dry_run else JOB)
             if not dry_run:
@@ -293,7 +296,7 @@ def list_artifacts(job: Id) -> None:
 @artifacts.command("get")
 def get_artifact(
     job: Id,
-    kind: Annotated[str, typer.Option(help="cleaned_model, report_html, report_json, trigger or rejected_model.")] = "cleaned_model",
+    kind: Annotated[str, typer.Option(help="cleaned_model, manifest, report_html, report_json, trigger or rejected_model.")] = "cleaned_model",
     to: Annotated[Path | None, typer.Option("-o", "--output")] = None,
 ) -> None:
     """Download a job's file, verified."""
@@ -327,11 +330,15 @@ def report(job: Id) -> None:
         cells = [_rate((found[when] or {}).get(name)) for when in ("before", "after")]
         if any(cells):
             table.add_row(name, *cells)
-    Console().print(f"{found['method']} on {found['recognised']['architecture']}, {found['measured_on'] or 'nothing to measure on'}")
+    what = found["recognised"]["architecture"] if found["recognised"] else f"{found['inputs']['suspect_images']} training images"
+    Console().print(f"{found['method']} on {what}, {found['measured_on'] or 'nothing to measure on'}")
     Console().print(table)
     judged = found.get("verdict")
     if judged:
         Console().print(f"{judged['verdict']}{': ' if judged['reasons'] else ''}{'; '.join(judged['reasons'])}")
+    if found.get("cleansing"):
+        counts = ", ".join(f"{count} {name}" for name, count in found["cleansing"]["counts"].items())
+        Console().print(f"{found['cleansing']['verdict']}: {found['cleansing']['evidence']}\n{counts}")
     elif "verdict" in found["findings"]:
         Console().print(f"{found['findings']['verdict']}: {found['findings']['reason']}")
     for one in found.get("classes_lost", ()):

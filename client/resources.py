@@ -89,18 +89,24 @@ class Jobs(Resource):
     def create(
         self,
         *,
-        model: str | Json,
+        model: str | Json | None = None,
         dataset: str | Json | None = None,
+        suspect_dataset: str | Json | None = None,
         defense: Json,
         evaluation: Json | None = None,
         seed: int = 0,
         validate_only: bool = False,
         **more: Any,
     ) -> Result:
-        """Queue a job; `model` and `dataset` (the clean images, if the method needs any) are ids or what `upload` returned."""
+        """Queue a job.
+
+        `model`, `dataset` (the clean images) and `suspect_dataset` (the untrusted training set), as far as the method needs them, are ids or what
+        `upload` returned.
+        """
         body = {
             "model_id": _id(model),
-            "dataset_id": _id(dataset) if dataset is not None else None,
+            "dataset_id": _id(dataset),
+            "suspect_dataset_id": _id(suspect_dataset),
             "defense": defense,
             "evaluation": evaluation,
             "seed": seed,
@@ -198,5 +204,5 @@ def succeeded(job: Json) -> Json:
     return job
 
 
-def _id(thing: str | Json) -> str:
-    return thing if isinstance(thing, str) else str(thing["id"])
+def _id(thing: str | Json | None) -> str | None:
+    return thing if isinstance(thing, str) or thing is None else str(thing["id"])

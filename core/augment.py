@@ -11,8 +11,8 @@ import torch.nn.functional as F
 Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
-def crop_and_flip(padding: int = 4) -> Augment:
-    """Return the usual CIFAR augmentation: zero-pad, crop back to size at random, mirror half of the images.
+def crop_and_flip(padding: int = 4, *, mirror: bool = True) -> Augment:
+    """Return the usual CIFAR augmentation: zero-pad, crop back to size at random, mirror half of the images (or none).
 
     The result maps (N, C, H, W) to the same shape and dtype. Draws come from the generator (on the CPU), so that
     they are the same on every device.
@@ -23,9 +23,11 @@ def crop_and_flip(padding: int = 4) -> Augment:
         device = images.device
         top = torch.randint(0, 2 * padding + 1, (count, 1), generator=generator).to(device)
         left = torch.randint(0, 2 * padding + 1, (count, 1), generator=generator).to(device)
-        mirrored = (torch.rand(count, 1, generator=generator) < 0.5).to(device)
         columns = torch.arange(width, device=device)
-        columns = torch.where(mirrored, width - 1 - columns, columns) + left
+        if mirror:
+            mirrored = (torch.rand(count, 1, generator=generator) < 0.5).to(device)
+            columns = torch.where(mirrored, width - 1 - columns, columns)
+        columns = columns + left
         rows = torch.arange(height, device=device) + top
         padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
         which = torch.arange(count, device=device)[:, None, None]
@@ -108,3 +110,89 @@ def _jitter(images: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tens
     rotation[:, 1, 2], rotation[:, 2, 1] = -angle.sin(), angle.sin()
     turned = torch.linalg.inv(to_yiq) @ rotation @ to_yiq
     return torch.einsum("nij,njhw->nihw", turned, images).clamp(0, 1)
+
+
+# -- FCT's transformations: each changes what a trigger needs more than what an object is ------------------------------
+
+
+def rotate(degrees: float = 180.0) -> Augment:
+    """Return a rotation of each image by an angle in [-degrees, degrees]: nearest pixel, black outside. uint8 or float (N, C, H, W)."""
+
+    def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        count, channels, height, width = images.shape
+        angle = ((torch.rand(count, generator=generator) * 2 - 1) * math.radians(degrees)).to(images.device)
+        place = torch.zeros(count, 2, 3, device=images.device)
+        # Pixels are square, the grid's coordinates are not.
+        place[:, 0, 0], place[:, 1, 1] = angle.cos(), angle.cos()
+        place[:, 0, 1], place[:, 1, 0] = -angle.sin() * height / width, angle.sin() * width / height
+        grid = F.affine_grid(place, [count, channels, height, width], align_corners=False)
+        turned = F.grid_sample(images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
+        return turned.to(images.dtype)
+
+    return augment
+
+
+def translate(share: float = 0.2) -> Augment:
+    """Return a shift of each image by whole pixels, up to `share` of its height and width, black outside."""
+
+    def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        count, _, height, width = images.shape
+        device = images.device
+
+        def source(extent: int) -> torch.Tensor:
+            shift = ((torch.rand(count, 1, generator=generator) * 2 - 1) * share * extent).round().long().to(device)
+            return torch.arange(extent, device=device) - shift
+
+        rows, columns = source(height), source(width)
+        inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+        which = torch.arange(count, device=device)[:, None, None]
+        moved = images.permute(0, 2, 3, 1)[which, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]]
+        return moved.permute(0, 3, 1, 2).masked_fill(~inside[:, None], 0)
+
+    return augment
+
+
+def flip() -> Augment:
+    """Return the mirror image of every image."""
+    return lambda images, generator: images.flip(3)
+
+
+def blur(side: int = 15, sigma: tuple[float, float] = (0.1, 2.0)) -> Augment:
+    """Return a Gaussian blur with a kernel of `side` pixels and a deviation of its own for each image; the border is reflected."""
+
+    def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        count, channels = images.shape[:2]
+        spread = (torch.rand(count, 1, generator=generator) * (sigma[1] - sigma[0]) + sigma[0]).to(images.device)
+        # An image smaller than the kernel has no border that wide to reflect.
+        half = min(side // 2, images.shape[2] - 1, images.shape[3] - 1)
+        weights = torch.exp(-0.5 * (torch.arange(-half, half + 1, device=images.device) / spread) ** 2)
+        weights = (weights / weights.sum(1, keepdim=True)).repeat_interleave(channels, 0)
+        flat = F.pad(images.float(), (half,) * 4, mode="reflect").reshape(1, count * channels, *(extent + 2 * half for extent in images.shape[2:]))
+        blurred = F.conv2d(flat, weights[:, None, None, :], groups=count * channels)
+        blurred = F.conv2d(blurred, weights[:, None, :, None], groups=count * channels).reshape(images.shape)
+        return (blurred if images.is_floating_point() else blurred.round().clamp(0, 255)).to(images.dtype)
+
+    return augment
+
+
+def erase(scale: tuple[float, float] = (0.2, 0.3), ratio: tuple[float, float] = (0.5, 1.0)) -> Augment:
+    """Return Random Erasing (Zhong et al., AAAI 2020): one rectangle of noise an image, of a share `scale` of its area and of a side ratio."""
+
+    def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        count, _, height, width = images.shape
+        area = (torch.rand(count, generator=generator) * (scale[1] - scale[0]) + scale[0]) * height * width
+        aspect = torch.rand(count, generator=generator) * (ratio[1] - ratio[0]) + ratio[0]
+        inside = []
+        for extent, length in ((height, (area * aspect).sqrt()), (width, (area / aspect).sqrt())):
+            side = length.round().clamp(1, extent)
+            first = (torch.rand(count, generator=generator) * (extent - side + 1)).floor()
+            place = torch.arange(extent)
+            inside.append((place >= first[:, None]) & (place < (first + side)[:, None]))
+        hole = (inside[0][:, :, None] & inside[1][:, None, :])[:, None].to(images.device)
+        noise = torch.rand(images.shape, generator=generator).to(images.device)
+        return torch.where(hole, noise if images.is_floating_point() else (noise * 255).to(images.dtype), images)
+
+    return augment
+
+
+TRANSFORMATIONS = {"rotate": rotate(), "affine": translate(), "flip": flip(), "crop": crop_and_flip(mirror=False), "blur": blur(), "erase": erase()}

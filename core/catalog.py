@@ -11,20 +11,26 @@ import inspect
 import operator
 import pkgutil
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-from core import pruning
-from core.classifier import Classifier
-from core.errors import ClassMissing, LabelsMissing, NotEnoughCleanData, TargetInvalid
+from core import architectures, pruning
+from core.classifier import UNIT, Classifier, Preprocessing
+from core.errors import ArchitectureUnknown, ClassMissing, ClassTooSmall, LabelsMissing, NotEnoughCleanData, OneClassOnly, TargetInvalid
 from core.images import ImageSet
 from core.run import Run
 from core.triggers import Assets
+
+if TYPE_CHECKING:
+    from core.split import Split
+
+# Fewer images of a class say nothing about its neighbourhoods, spectra or clusters.
+LEAST_OF_A_CLASS = 10
 
 
 class Kind(StrEnum):
@@ -81,13 +87,15 @@ class Inputs:
     Attributes:
         model: the suspect classifier on the run's device.
         clean: trusted images on the run's device.
-        suspect: the untrusted training set.
+        suspect: the untrusted training set; on the run's device if it fits there.
+        preprocessing: what models that are trained on the suspect set are given.
         watch: called with the model while it changes; reports BA and ASR on a fixed sample when they can be measured.
     """
 
     model: Classifier | None = None
     clean: ImageSet | None = None
     suspect: ImageSet | None = None
+    preprocessing: Preprocessing = UNIT
     watch: Callable[[Classifier], None] = lambda model: None
 
 
@@ -97,11 +105,17 @@ class Outcome:
 
     Attributes:
         model: the purified or trained classifier.
+        baseline: a classifier trained plainly on the same suspect set, to compare the trained one with.
+        split: what is said of each image of the suspect set.
+        embedding: (N, d), where the images of the suspect set lie; for the figure.
         findings: JSON: target, triggers, verdict, loss curves …
         triggers: recovered triggers worth a picture: {label: (mask (H, W), pattern (C, H, W))}.
     """
 
     model: Classifier | None = None
+    baseline: Classifier | None = None
+    split: Split | None = None
+    embedding: torch.Tensor | None = None
     findings: dict[str, Any] = field(default_factory=dict)
     triggers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
@@ -222,31 +236,76 @@ def attacks() -> dict[str, Attack]:
     return {name: method for name, method in sorted(_METHODS.items()) if isinstance(method, Attack)}
 
 
+def cleansers() -> dict[str, Method]:
+    """Return the defenses that split a training set, by name. Files of defenses that train on a split may call this while they are imported."""
+    _discover("core.defenses.cleanse")
+    return {name: method for name, method in sorted(_METHODS.items()) if method.kind is Kind.CLEANSE}
+
+
 def require(method: Method, inputs: Inputs, params: Params) -> None:
     """Check that a method has what it needs, before anything starts.
 
-    Raises `NotEnoughCleanData`, `LabelsMissing`, `ClassMissing`, `LayerMissing` or `TargetInvalid`.
+    Raises `NotEnoughCleanData`, `LabelsMissing`, `OneClassOnly`, `ClassTooSmall`, `ClassMissing`, `LayerMissing`, `ArchitectureUnknown` or `TargetInvalid`.
     """
-    model, clean = inputs.model, inputs.clean
+    model, clean, suspect = inputs.model, inputs.clean, inputs.suspect
+    if suspect is not None and Need.SUSPECT_DATASET in method.needs:
+        _check_suspect(method, suspect)
+    classes = model.classes if model is not None else suspect.classes if suspect is not None else 0
+    split = getattr(params, "split", None)
+    if split is not None:
+        require(cleansers()[split.method], inputs, split)
+    name = getattr(params, "architecture", None)
+    if suspect is not None and name is not None:
+        described = architectures.named(name, classes=classes, channels=suspect.images.shape[1])
+        if described.channels != suspect.images.shape[1]:
+            raise ArchitectureUnknown(f"{name} takes {described.channels}-channel images, the data set has {suspect.images.shape[1]}", "Choose another.")
     if model is not None and Need.BATCH_NORM in method.needs:
         pruning.batch_norms(model)
-    if model is not None and clean is not None and Need.CLEAN_IMAGES in method.needs and len(clean) < model.classes:
+    if clean is not None and Need.CLEAN_IMAGES in method.needs and len(clean) < classes:
         raise NotEnoughCleanData(
-            f"{len(clean)} clean images for {model.classes} classes", "Give at least one image a class; the papers use 1 to 5 % of the training set."
+            f"{len(clean)} clean images for {classes} classes", "Give at least one image a class; the papers use 1 to 5 % of the training set."
         )
-    if model is not None and clean is not None and Need.CLEAN_LABELS in method.needs:
+    if clean is not None and Need.CLEAN_LABELS in method.needs:
         if clean.labels is None:
             raise LabelsMissing(
                 f"{method.name} needs the clean images' labels", "Upload a labelled data set, or choose a method that needs none, such as mcldef."
             )
-        missing = sorted(set(range(model.classes)) - set(clean.labels.unique().tolist()))
+        missing = sorted(set(range(classes)) - set(clean.labels.unique().tolist()))
         if missing:
             raise ClassMissing(
                 f"{method.name} needs clean images of every class; there are none of {', '.join(map(str, missing[:20]))}", "Add images of these classes."
             )
     target = getattr(params, "target", None)
-    if model is not None and target is not None and target >= model.classes:
-        raise TargetInvalid(f"target {target} is not one of the model's {model.classes} classes", "Classes count from 0.")
+    if target is not None and classes and target >= classes:
+        raise TargetInvalid(f"target {target} is not one of the {'model' if model is not None else 'data set'}'s {classes} classes", "Classes count from 0.")
+
+
+def _check_suspect(method: Method, suspect: ImageSet) -> None:
+    if suspect.labels is None:
+        raise LabelsMissing(f"{method.name} needs the training set's labels", "Upload it as a folder a class, with a CSV of labels, or with a `labels` array.")
+    check_classes(suspect.labels.bincount(minlength=suspect.classes).tolist(), suspect.class_names)
+
+
+def check_classes(sizes: Sequence[int], class_names: Sequence[str]) -> None:
+    """Check that a training set has enough classes, and each class enough images, for a label to be judged.
+
+    Raises `OneClassOnly`, `ClassMissing` or `ClassTooSmall`.
+    """
+    names = [class_names[label] if class_names else str(label) for label in range(len(sizes))]
+    filled = [label for label, size in enumerate(sizes) if size]
+    if len(filled) < 2:
+        raise OneClassOnly(
+            f"all {sum(sizes)} images are of one class, {names[filled[0]]!r}" if filled else "the training set is empty",
+            "A label can only be wrong beside others: upload the whole training set.",
+        )
+    empty = [names[label] for label, size in enumerate(sizes) if not size]
+    if empty:
+        raise ClassMissing(f"the training set has no image of {', '.join(empty[:20])}", "Add images of these classes, or leave the classes out.")
+    small = [f"{names[label]} ({size})" for label, size in enumerate(sizes) if size < LEAST_OF_A_CLASS]
+    if small:
+        raise ClassTooSmall(
+            f"classes with fewer than {LEAST_OF_A_CLASS} images cannot be judged: {', '.join(small[:20])}", "Add images, or leave these classes out."
+        )
 
 
 def union(found: Mapping[str, Method]) -> Any:

@@ -22,6 +22,9 @@ class Preprocessing:
     name: str = "custom"
 
 
+UNIT = Preprocessing((0.0,) * 3, (1.0,) * 3, "unit")
+
+
 class Classifier(nn.Module):
     """f(x) = head(features(x)) on float images in [0, 1], shape (N, C, H, W)."""
 

@@ -72,6 +72,18 @@ class ClassMissing(EngineError):
     code = "class_missing"
 
 
+class OneClassOnly(EngineError):
+    """The training set has images of one class only."""
+
+    code = "one_class_only"
+
+
+class ClassTooSmall(EngineError):
+    """A class of the training set has too few images to be judged."""
+
+    code = "class_too_small"
+
+
 class LayerMissing(EngineError):
     """The architecture lacks the layers that the method works on."""
 
@@ -94,6 +106,12 @@ class NothingLeft(EngineError):
     """Pruning would leave a layer without channels."""
 
     code = "nothing_left"
+
+
+class SplitEmpty(EngineError):
+    """A split has no image in a part that a training needs."""
+
+    code = "split_empty"
 
 
 class Diverged(EngineError):

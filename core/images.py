@@ -51,6 +51,12 @@ class ImageSet:
         labels = None if self.labels is None else self.labels.to(device)
         return replace(self, images=self.images.to(device), labels=labels)
 
+    def placed(self, device: torch.device) -> ImageSet:
+        """Return the set on `device` if half of its free memory holds it; else as it is, to be moved batch by batch."""
+        if device.type == "cuda" and self.images.numel() > torch.cuda.mem_get_info(device)[0] // 2:
+            return self
+        return self.to(device)
+
     def subset(self, indices: torch.Tensor) -> ImageSet:
         """Return the images at `indices` (int64), in that order."""
         indices = indices.to(self.images.device)

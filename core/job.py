@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from core import catalog, evaluation, page, poisoning, report, verdict, weights
+from core import catalog, evaluation, page, poisoning, report, split, verdict, weights
 from core.catalog import Inputs, Kind, Need, Outcome
 from core.classifier import Classifier, Preprocessing
 from core.errors import BadDataset, BadJob
@@ -17,6 +18,8 @@ from core.images import ImageSet
 from core.inversion import stamp
 from core.poisoning import AttackParams, Triggered
 from core.run import Run
+from core.split import Cleansing
+from core.weights import Recognition
 
 Number = Annotated[float, Field(strict=True)]
 Channels = Annotated[list[Number], Field(min_length=1, max_length=16)]
@@ -50,14 +53,16 @@ class JobSpec(BaseModel):
 
     Attributes:
         defense: `{"method": …, …params}`.
-        model: the safetensors file of the suspect model.
+        model: the safetensors file of the suspect model; None for a method that works on a training set alone.
         clean: the folder of the clean images; None for a method that needs none.
+        suspect: the folder of the untrusted training set, for methods that cleanse it or train on it.
     """
 
     model_config = ConfigDict(extra="forbid")
     defense: dict[str, Any]
-    model: str
+    model: str | None = None
     clean: str | None = None
+    suspect: str | None = None
     evaluation: EvaluationSpec | None = None
     architecture: str | None = None
     preprocessing: PreprocessingSpec | None = None
@@ -81,49 +86,55 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
     except ValidationError as error:
         raise BadJob(f"the parameters cannot be used: {error}", f"See docs/methods/{method.name}.md.") from error
     assert attack is None or isinstance(attack, AttackParams)
-    if spec.clean is None and Need.CLEAN_IMAGES in method.needs:
-        raise BadJob(f"{method.name} needs clean images", "Give a data set of them.")
-    if spec.evaluation is None and Need.TEST_SET in method.needs:
-        raise BadJob(f"{method.name} needs a labelled test set", "Give `evaluation` with one.")
+    for need, given, what in (
+        (Need.MODEL, spec.model, "a model"),
+        (Need.SUSPECT_DATASET, spec.suspect, "a training set to judge"),
+        (Need.CLEAN_IMAGES, spec.clean, "clean images"),
+        (Need.TEST_SET, spec.evaluation, "a labelled test set"),
+    ):
+        if given is None and need in method.needs:
+            raise BadJob(f"{method.name} needs {what}", f"See docs/methods/{method.name}.md for what to give.")
 
     run.phase("loading")
-    clean = ImageSet.load(folder / spec.clean) if spec.clean is not None else None
-    test = ImageSet.load(folder / spec.evaluation.test) if spec.evaluation is not None else None
-    given = spec.preprocessing
-    preprocessing = Preprocessing(tuple(given.mean), tuple(given.std)) if given else None
-    tensors = weights.read(folder / spec.model)
-    model, recognition = weights.identify(tensors, test if clean is None else clean, architecture=spec.architecture, preprocessing=preprocessing)
-    run.log(f"recognised {recognition.architecture.name} with {recognition.preprocessing.name} preprocessing", **recognition.as_dict())
-    if not recognition.decided:
-        run.warn("the preprocessing is a close call; give `preprocessing` if you know it", scores=recognition.as_dict()["scores"][:3])
-    model = model.to(run.device)
-    clean, aside, test, measured_on = _datasets(run, clean, test, model, purifying=method.kind is Kind.PURIFY)
-    triggered = _triggered(spec, folder, test, attack, model) if test is not None else None
-    inputs = Inputs(model=model, clean=clean.to(run.device) if clean is not None else None, watch=_watcher(run, test, triggered))
+    loaded = _load(run, spec, folder, purifying=method.kind is Kind.PURIFY)
+    model, test = loaded.model, loaded.test
+    triggered = _triggered(spec, folder, test, attack, loaded.classes) if test is not None else None
+    inputs = Inputs(
+        model=model, clean=loaded.clean.to(run.device) if loaded.clean is not None else None,
+        suspect=loaded.suspect.placed(run.device) if loaded.suspect is not None else None, preprocessing=loaded.preprocessing,
+        watch=_watcher(run, test, triggered),
+    )  # fmt: skip
     catalog.require(method, inputs, params)
-
-    run.phase("evaluating_before")
-    before = run.once("before", lambda: evaluation.evaluate(model, test, triggered)) if test is not None else None
-    _announce(run, "before", before)
+    trains = method.kind is Kind.TRAIN
+    before = None
+    if model is not None and test is not None and not trains:
+        run.phase("evaluating_before")
+        before = run.once("before", lambda: evaluation.evaluate(model, test, triggered))
+        _announce(run, "before", before)
 
     run.phase("defending")
     outcome: Outcome = method.run(run, inputs, params)
+    result = outcome.model
+    # What a training is compared with is a plain training on the same images.
+    suspect_model = outcome.baseline if trains else model
 
     after = None
-    if outcome.model is not None and test is not None:
+    if result is not None and test is not None:
         run.phase("evaluating_after")
-        purified = outcome.model
-        after = run.once("after", lambda: evaluation.evaluate(purified, test, triggered))
+        if trains and suspect_model is not None:
+            before = run.once("before", lambda: evaluation.evaluate(suspect_model, test, triggered))
+            _announce(run, "before", before)
+        after = run.once("after", lambda: evaluation.evaluate(result, test, triggered))
         _announce(run, "after", after)
 
     run.phase("reporting")
-    estimated = _estimate(model, outcome, inputs, attack)
+    estimated = _estimate(model, outcome, inputs, attack) if model is not None else None
     kept_aside = None
-    if outcome.model is not None and aside is not None:
-        purified = outcome.model
-        kept_aside = run.once("kept aside", lambda: _compare(model, purified, aside))
+    if result is not None and model is not None and loaded.aside is not None:
+        aside = loaded.aside
+        kept_aside = run.once("kept aside", lambda: _compare(model, result, aside))
     judged = None
-    if method.kind is Kind.PURIFY:
+    if method.kind in (Kind.PURIFY, Kind.TRAIN):
         # The test set may be what was kept aside; it is judged once.
         judged = verdict.judge(before, after, kept_aside, estimated["recovered_trigger_success"] if estimated else None)
         run.log(f"{judged['verdict']}: {'; '.join(judged['reasons']) or 'accuracy was kept and nothing known still works'}", **judged)
@@ -131,15 +142,17 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
     for one in lost:
         run.warn(f"class {one['class']} fell from {one['before']['value']:.1%} to {one['after']['value']:.1%}", **one)
     pictures = report.draw_triggers(run, outcome.triggers, inputs.clean) if inputs.clean is not None else {}
+    recognition = loaded.recognition
     summary: dict[str, Any] = {
         "kind": method.kind.value,
         "method": method.name,
         "paper": method.paper,
         "params": params.model_dump(mode="json"),
         "seed": run.seed,
-        "recognised": recognition.as_dict(),
-        "measured_on": measured_on,
-        "class_names": list(next((data.class_names for data in (test, clean) if data is not None), ())),
+        "recognised": recognition.as_dict() if recognition is not None else None,
+        "preprocessing": vars(loaded.preprocessing),
+        "measured_on": loaded.measured_on,
+        "class_names": list(next((data.class_names for data in (test, loaded.suspect, loaded.clean) if data is not None), ())),
         "attack": attack.model_dump(mode="json") if attack is not None else None,
         "before": before,
         "after": after,
@@ -148,47 +161,100 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
         "kept_aside": kept_aside,
         "verdict": judged,
         "classes_lost": lost,
+        "cleansing": _cleansing(run, outcome, inputs, params),
         "findings": outcome.findings,
-        "inputs": {"model_sha256": report.sha256(folder / spec.model), "clean_images": len(clean) if clean is not None else 0},
+        "inputs": {
+            "model_sha256": report.sha256(folder / spec.model) if spec.model is not None else None,
+            "clean_images": len(loaded.clean) if loaded.clean is not None else 0,
+            "suspect_images": len(loaded.suspect) if loaded.suspect is not None else 0,
+        },
         "versions": report.versions(),
         "device": str(run.device),
     }
-    if outcome.model is not None:
+    if result is not None:
         kind = "rejected_model" if judged is not None and judged["verdict"] == "not_purified" else "cleaned_model"
         path = run.artifact("model.safetensors", kind=kind, media_type="application/octet-stream")
-        weights.save(outcome.model, path)
-        summary["model"] = {"sha256": report.sha256(path), "bytes": path.stat().st_size}
+        weights.save(result, path)
+        summary["model"] = {"sha256": report.sha256(path), "bytes": path.stat().st_size, "description": result.architecture.describe()}
     summary["seconds"] = round(time.monotonic() - started, 3)
     report.write(run, summary)
     features = []
-    if spec.evaluation is not None and test is not None and outcome.model is not None:
-        features = page.plane(run, {"before": model, "after": outcome.model}, test, triggered)
-    page.write(run, summary, pictures, features)
+    if spec.evaluation is not None and test is not None and result is not None:
+        shown = {"before": suspect_model, "after": result}
+        features = page.plane(run, {title: one for title, one in shown.items() if one is not None}, test, triggered)
+    page.write(run, summary, pictures, features, page.gallery(run, outcome, inputs) if outcome.split is not None else None)
     return summary
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """A job's inputs; `aside` are clean images that the method does not see, `measured_on` says what `test` is."""
+
+    model: Classifier | None
+    recognition: Recognition | None
+    preprocessing: Preprocessing
+    classes: int
+    clean: ImageSet | None
+    suspect: ImageSet | None
+    aside: ImageSet | None
+    test: ImageSet | None
+    measured_on: str | None
+
+
+def _load(run: Run, spec: JobSpec, folder: Path, *, purifying: bool) -> _Loaded:
+    clean = ImageSet.load(folder / spec.clean) if spec.clean is not None else None
+    suspect = ImageSet.load(folder / spec.suspect) if spec.suspect is not None else None
+    test = ImageSet.load(folder / spec.evaluation.test) if spec.evaluation is not None else None
+    preprocessing = Preprocessing(tuple(spec.preprocessing.mean), tuple(spec.preprocessing.std)) if spec.preprocessing else None
+    model, recognition = None, None
+    if spec.model is not None:
+        images = next((data for data in (clean, test, suspect) if data is not None), None)
+        tensors = weights.read(folder / spec.model)
+        model, recognition = weights.identify(tensors, images, architecture=spec.architecture, preprocessing=preprocessing)
+        run.log(f"recognised {recognition.architecture.name} with {recognition.preprocessing.name} preprocessing", **recognition.as_dict())
+        if not recognition.decided:
+            run.warn("the preprocessing is a close call; give `preprocessing` if you know it", scores=recognition.as_dict()["scores"][:3])
+        model, preprocessing = model.to(run.device), recognition.preprocessing
+    elif suspect is not None and preprocessing is None:
+        channels = suspect.images.shape[1]
+        preprocessing = Preprocessing((0.0,) * channels, (1.0,) * channels, "unit")
+    if suspect is not None and preprocessing is not None and len(preprocessing.mean) != suspect.images.shape[1]:
+        raise BadJob(f"preprocessing has {len(preprocessing.mean)} channels, the images {suspect.images.shape[1]}", "Give one mean and std a channel.")
+    assert preprocessing is not None
+    classes = model.classes if model is not None else suspect.classes if suspect is not None else 0
+    clean, aside, test, measured_on = _datasets(run, clean, suspect, test, classes, purifying=purifying)
+    return _Loaded(model, recognition, preprocessing, classes, clean, suspect, aside, test, measured_on)
+
+
 def _datasets(
-    run: Run, clean: ImageSet | None, test: ImageSet | None, model: Classifier, *, purifying: bool
+    run: Run, clean: ImageSet | None, suspect: ImageSet | None, test: ImageSet | None, classes: int, *, purifying: bool
 ) -> tuple[ImageSet | None, ImageSet | None, ImageSet | None, str | None]:
     """Return the clean images for the method, those kept aside from it, the labelled test images, and what the test images are.
 
-    A tenth of the clean images is kept aside when a model is purified, or when there is no test set.
+    A tenth of the clean images is kept aside when a model is purified, or when a model is examined without a test set.
     """
     if clean is not None:
         if not len(clean):
             raise BadDataset("the clean data set is empty", "Upload at least a few images of every class.")
-        _check_classes(clean, model, "clean")
+        _check_classes(clean, classes, "clean")
+    if suspect is not None:
+        _check_classes(suspect, classes, "suspect")
     if test is not None:
         if test.labels is None:
             raise BadDataset("the test set has no labels", "Upload it as a folder a class, or with a `labels` array.")
-        _check_classes(test, model, "test")
-        if clean is not None and test.images.shape[1:] != clean.images.shape[1:]:
-            raise BadDataset(
-                f"test images are {tuple(test.images.shape[1:])}, clean images {tuple(clean.images.shape[1:])} (C, H, W)",
-                "Use images of one size and one number of channels.",
-            )
+        _check_classes(test, classes, "test")
+    given = {role: data for role, data in (("test", test), ("clean", clean), ("suspect", suspect)) if data is not None}
+    sizes = {role: tuple(data.images.shape[1:]) for role, data in given.items()}
+    if len(set(sizes.values())) > 1:
+        said = ", ".join(f"{role} images are {size}" for role, size in sizes.items())
+        raise BadDataset(f"{said} (C, H, W)", "Use images of one size and one number of channels.")
+    if clean is not None and suspect is not None and clean.class_names != suspect.class_names and clean.class_names and suspect.class_names:
+        raise BadDataset(
+            f"the clean images' classes are {', '.join(clean.class_names[:5])} …, the suspect set's {', '.join(suspect.class_names[:5])} …",
+            "Name the classes alike, and order them alike with classes.txt.",
+        )
     aside = None
-    if clean is not None and len(clean) >= 10 * model.classes and (purifying or (test is None and clean.labels is not None)):
+    if clean is not None and suspect is None and len(clean) >= 10 * classes and (purifying or (test is None and clean.labels is not None)):
         order = torch.randperm(len(clean), generator=run.generator("hold out"))
         cut = len(clean) // 10
         clean, aside = clean.subset(order[cut:]), clean.subset(order[:cut])
@@ -199,6 +265,21 @@ def _datasets(
     return clean, None, aside, "a tenth of the clean images, kept aside"
 
 
+def _cleansing(run: Run, outcome: Outcome, inputs: Inputs, params: catalog.Params) -> dict[str, Any] | None:
+    """Write the manifest of a split and return its numbers, as the verdict on the whole set leaves it."""
+    if outcome.split is None or inputs.suspect is None:
+        return None
+    assert inputs.suspect.labels is not None
+    given = inputs.suspect.labels.cpu()
+    settled = outcome.split.cpu()
+    if isinstance(params, Cleansing):
+        settled = settled.settled(given, params)
+    split.write_manifest(run, settled, inputs.suspect)
+    found = split.summary(settled, given, inputs.suspect.classes)
+    run.log(f"{found['verdict']}: {found['evidence']}", counts=found["counts"])
+    return found
+
+
 def _compare(suspect: Classifier, purified: Classifier, aside: ImageSet) -> dict[str, Any]:
     """Return accuracy before and after on images kept aside, or without labels how often the purified model agrees with the suspect one."""
     was, now = (evaluation.predict(model, aside.images).cpu() for model in (suspect, purified))
@@ -207,26 +288,26 @@ def _compare(suspect: Classifier, purified: Classifier, aside: ImageSet) -> dict
     return {"what": "agreement" if aside.labels is None else "accuracy", "before": before, "after": after}
 
 
-def _triggered(spec: JobSpec, folder: Path, test: ImageSet, attack: AttackParams | None, model: Classifier) -> Triggered | None:
+def _triggered(spec: JobSpec, folder: Path, test: ImageSet, attack: AttackParams | None, classes: int) -> Triggered | None:
     """Return the triggered images: the user's own, or the test images with the declared trigger on them."""
     if spec.evaluation is None or (attack is None and spec.evaluation.triggered is None):
         return None
     if attack is not None:
         channels, height, width = test.images.shape[1:]
-        return poisoning.triggered(test, poisoning.declared(attack, (channels, height, width), model.classes), model.classes)
+        return poisoning.triggered(test, poisoning.declared(attack, (channels, height, width), classes), classes)
     data, target = ImageSet.load(folder / str(spec.evaluation.triggered)), spec.evaluation.target
     if data.labels is None:
         raise BadDataset("the triggered images have no labels", "Label them with their true classes: images of the target class do not count for ASR.")
-    _check_classes(data, model, "triggered")
-    if target is not None and target >= model.classes:
-        raise BadJob(f"the attack's target {target} is not one of the model's {model.classes} classes", "Classes count from 0.")
-    return poisoning.given(data, target, model.classes)
+    _check_classes(data, classes, "triggered")
+    if target is not None and target >= classes:
+        raise BadJob(f"the attack's target {target} is not one of the model's {classes} classes", "Classes count from 0.")
+    return poisoning.given(data, target, classes)
 
 
-def _check_classes(data: ImageSet, model: Classifier, role: str) -> None:
-    if data.labels is not None and data.classes != model.classes and (data.class_names or data.classes > model.classes):
+def _check_classes(data: ImageSet, classes: int, role: str) -> None:
+    if data.labels is not None and data.classes != classes and (data.class_names or data.classes > classes):
         raise BadDataset(
-            f"the {role} data set has {data.classes} classes, the model {model.classes}",
+            f"the {role} data set has {data.classes} classes, the model {classes}",
             "Upload images of exactly the model's classes; class folders in alphabetical order are labels 0, 1, ….",
         )
 

@@ -20,6 +20,16 @@ Loss = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 Schedule = Callable[[float], float]
 
 
+def supervised(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Loss:
+    """Return a loss of images and labels as one that `fit` takes, for data that has labels."""
+
+    def checked(images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        assert labels is not None
+        return loss(images, labels)
+
+    return checked
+
+
 def mixed_precision(device: torch.device, *, enabled: bool = True) -> contextlib.AbstractContextManager[Any]:
     """Return bf16 autocast where the hardware multiplies bf16 natively, else a context that does nothing."""
     if device.type == "cuda":
@@ -72,6 +82,25 @@ def cosine(epochs: int, start: float) -> Schedule:
     return rate
 
 
+def warmed_cosine(epochs: int, rate: float, *, warm_from: float = 0.01, floor: float = 1e-3) -> Schedule:
+    """Return SupContrast's schedule: half a cosine from `rate` to `rate * floor` by whole epochs, reached by a linear rise over the first ones.
+
+    The rise takes ten epochs, or a tenth of a training that is shorter than a hundred.
+    """
+    warm = min(10.0, epochs / 10)
+
+    def at(epoch: float) -> float:
+        return rate * (floor + (1 - floor) * (1 + math.cos(math.pi * min(epoch / epochs, 1))) / 2)
+
+    def schedule(epoch: float) -> float:
+        if epoch < warm:
+            return warm_from + (at(warm) - warm_from) * epoch / warm
+        # Epochs count from 1 in its formula.
+        return at(math.floor(epoch) + 1)
+
+    return schedule
+
+
 def fit(
     run: Run,
     name: str,
@@ -108,33 +137,61 @@ def fit(
     generator = run.generator(name)
     for epoch in run.stage(name, total=epochs, network=network, optimizer=optimizer, generator=generator, history=history, **state):
         prepare()
-        total = torch.zeros((), device=run.device)
-        seen = 0
-        per_epoch = max(len(data) // batch_size, 1)
-        # A handful of left-over images would make a tenth of the BatchNorm statistics that the epoch ends with.
-        for index, chosen in enumerate(batches(len(data), batch_size, generator, drop_last=True)):
-            for group in optimizer.param_groups:
-                group["lr"] = schedule(epoch + index / per_epoch)
-            here = chosen.to(run.device)
-            images = as_floats(augment(data.images[here], generator))
-            labels = None if data.labels is None else data.labels[here]
-            with mixed_precision(run.device, enabled=mixed):
-                value = loss(images, labels)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            optimizer.step()
-            total += value.detach() * len(chosen)
-            seen += len(chosen)
-        mean = float(total) / seen
-        if not (math.isfinite(mean) and finite(network)):
-            raise Diverged(
-                f"{name}: the loss or a weight became NaN or infinite in epoch {epoch + 1}",
-                "Use a lower learning rate, or check that the images are what the model was trained on.",
-            )
+        mean = one_epoch(
+            run, name, data=data, loss=loss, network=network, optimizer=optimizer, schedule=schedule, epoch=epoch, batch_size=batch_size,
+            generator=generator, augment=augment, mixed=mixed,
+        )  # fmt: skip
         history["loss"].append(mean)
         run.metric(f"{name} loss", mean, epoch=epoch + 1)
         after_epoch(epoch + 1)
     return history["loss"]
+
+
+def one_epoch(
+    run: Run,
+    name: str,
+    *,
+    data: ImageSet,
+    loss: Loss,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    epoch: int,
+    batch_size: int,
+    generator: torch.Generator,
+    augment: Augment = none,
+    mixed: bool = True,
+) -> float:
+    """Go once through `data` and return the mean loss; for methods that alternate between losses. See `fit`."""
+    total = torch.zeros((), device=run.device)
+    seen = 0
+    per_epoch = max(len(data) // batch_size, 1)
+    # A handful of left-over images would make a tenth of the BatchNorm statistics that the epoch ends with.
+    for index, chosen in enumerate(batches(len(data), batch_size, generator, drop_last=True)):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(epoch + index / per_epoch)
+        # A set that is too large for the device stays where it is.
+        here = chosen.to(data.images.device)
+        images = as_floats(augment(data.images[here].to(run.device), generator))
+        labels = None if data.labels is None else data.labels[here].to(run.device)
+        with mixed_precision(run.device, enabled=mixed):
+            value = loss(images, labels)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        optimizer.step()
+        total += value.detach() * len(chosen)
+        seen += len(chosen)
+    mean = float(total) / seen
+    check(f"{name}, epoch {epoch + 1}", mean, network)
+    return mean
+
+
+def check(where: str, loss: float, network: nn.Module) -> None:
+    """Raise `Diverged` when the loss or a weight is no longer finite."""
+    if not (math.isfinite(loss) and finite(network)):
+        raise Diverged(
+            f"{where}: the loss or a weight became NaN or infinite", "Use a lower learning rate, or check that the images are what the model was trained on."
+        )
 
 
 def finite(network: nn.Module) -> bool:

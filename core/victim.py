@@ -7,9 +7,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
 
 from core import architectures, training
 from core.augment import crop_and_flip, none
+from core.catalog import Params
 from core.classifier import Classifier, Preprocessing
 from core.errors import BadDataset
 from core.images import ImageSet
@@ -48,6 +51,34 @@ RECIPES = {
 }
 
 
+class Training(Params):
+    """Parameters of the defenses that train a classifier on the whole suspect set."""
+
+    architecture: str = Field(default="resnet18-cifar", max_length=64, title="Architecture", description="By its name in the catalogue.")
+    recipe: Literal["cpu", "mcldef", "mcldef-augmented", "dbr", "cbd", "trap-and-replace"] = Field(
+        default="dbr", title="Recipe", description="Of which published training; `cpu` is what two cores finish."
+    )
+    training_epochs: int | None = Field(
+        default=None, ge=1, le=1000, title="Epochs of the classifier", description="Instead of the recipe's own; its steps move with it."
+    )
+
+    def schedule(self) -> Recipe:
+        """Return the recipe with the wanted number of epochs."""
+        recipe = RECIPES[self.recipe]
+        return shortened(recipe, self.training_epochs) if self.training_epochs else recipe
+
+
+def untrained(run: Run, purpose: str, architecture: str, data: ImageSet, preprocessing: Preprocessing) -> Classifier:
+    """Return a new classifier for a set's images and classes, on the run's device; seed and purpose decide its first weights.
+
+    Raises `ArchitectureUnknown`.
+    """
+    described = architectures.named(architecture, classes=max(data.classes, 2), channels=data.images.shape[1])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=run.generator(purpose, "weights"))))
+        return Classifier(described.build(), described, preprocessing).to(run.device)
+
+
 def train(run: Run, data: ImageSet, *, architecture: str, preprocessing: Preprocessing, recipe: Recipe, name: str = "victim") -> Classifier:
     """Return a classifier trained with cross-entropy on `data`, as a resumable stage; the seed of the run decides its first weights.
 
@@ -67,7 +98,7 @@ def train(run: Run, data: ImageSet, *, architecture: str, preprocessing: Preproc
         return F.cross_entropy(classifier(images).float(), labels)
 
     training.fit(
-        run, name, data=data.to(run.device), loss=loss, network=classifier, optimizer=_optimizer(classifier, recipe), schedule=_schedule(recipe),
+        run, name, data=data.placed(run.device), loss=loss, network=classifier, optimizer=optimizer(classifier, recipe), schedule=rates(recipe),
         epochs=recipe.epochs, batch_size=recipe.batch_size, augment=crop_and_flip() if recipe.augment else none, prepare=classifier.train,
     )  # fmt: skip
     return classifier.eval()
@@ -79,13 +110,15 @@ def shortened(recipe: Recipe, epochs: int) -> Recipe:
     return replace(recipe, epochs=epochs, marks=marks)
 
 
-def _optimizer(classifier: Classifier, recipe: Recipe) -> torch.optim.Optimizer:
+def optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return a recipe's optimizer of all parameters of a network."""
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(classifier.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(classifier.parameters(), lr=recipe.rate, momentum=0.9, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov)
+        return torch.optim.Adam(network.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(network.parameters(), lr=recipe.rate, momentum=0.9, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov)
 
 
-def _schedule(recipe: Recipe) -> training.Schedule:
+def rates(recipe: Recipe) -> training.Schedule:
+    """Return a recipe's learning rate at an epoch."""
     if recipe.schedule == "steps":
         return training.steps(*recipe.marks)
     if recipe.schedule == "cosine":

@@ -1,6 +1,7 @@
 """`python -m intake {model|dataset} FILE FOLDER`: read a stranger's file in a fence; one JSON line of verdict on stdout.
 
 Exit codes: 0 taken in, 3 refused, anything else: the reader failed and the file counts as refused.
+`python -m intake rewrite FILE FOLDER` writes a data set again without what the folder's manifest drops, in the same fence.
 `python -m intake self-test` proves the fence instead and prints which layers hold and what they deny.
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 # More threads than one would keep memory high and some kernels from making a namespace.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-from intake import checkpoint, dataset, fence
+from intake import checkpoint, dataset, fence, rewrite
 from intake.refusal import Refusal
 
 EXIT_REFUSED = 3
@@ -28,7 +29,7 @@ CPU_SECONDS = 1800
 def main(arguments: list[str]) -> int:
     """Read one file; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m intake", description=__doc__)
-    parser.add_argument("purpose", choices=("model", "dataset", "self-test"))
+    parser.add_argument("purpose", choices=("model", "dataset", "rewrite", "self-test"))
     parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("folder", type=Path, nargs="?", help="where the safetensors and JSON go")
     options = parser.parse_args(arguments)
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _examine(purpose: str, file: Path, folder: Path) -> tuple[dict[str, Any], int]:
-    reader = checkpoint.take_in if purpose == "model" else dataset.take_in
+    reader = {"model": checkpoint.take_in, "dataset": dataset.take_in, "rewrite": rewrite.rewrite}[purpose]
     try:
         return {"verdict": "ready", "description": reader(file, folder)}, 0
     except Refusal as refusal:

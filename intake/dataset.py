@@ -63,16 +63,16 @@ def _of_archive(members: dict[str, Member], folder: Path) -> dict[str, Any]:
         raise Refusal("dataset_invalid", f"none of the {len(members)} files is an image", f"Use one folder a class with {endings} files.")
     shared = _common_top(images)
     csv_files = [name for name in members if name.lower().endswith((".csv", ".tsv"))]
-    annotated = {name.rsplit(".", 1)[0]: name for name in members if name.endswith((".cls", ".json"))}
+    notes = annotated(members)
     if len(csv_files) == 1:
         found = tables.match(tables.csv_labels(members[csv_files[0]]), images, csv_files[0])
         layout, kept = "csv", sorted(found)
         labels: list[Any] = [found[name] for name in kept]
     elif len(csv_files) > 1:
         raise Refusal("dataset_invalid", f"the archive has {len(csv_files)} CSV files: {sorted(csv_files)[:4]}", "Leave the one with the labels.")
-    elif annotated and all(name.rsplit(".", 1)[0] in annotated for name in images):
+    elif notes and all(name.rsplit(".", 1)[0] in notes for name in images):
         layout, kept = "webdataset", images
-        labels = [_annotation(members[annotated[name.rsplit(".", 1)[0]]]) for name in images]
+        labels = [_annotation(members[notes[name.rsplit(".", 1)[0]]]) for name in images]
     else:
         depths = {len(name.split("/")) - shared for name in images}
         if depths == {1}:
@@ -89,9 +89,14 @@ def _of_archive(members: dict[str, Member], folder: Path) -> dict[str, Any]:
             labels = sorted(labels)
     order = next((members[name] for name in members if name.rsplit("/", 1)[-1] == ORDER), None)
     given = _listed(order) if order is not None else []
-    unused = sorted(set(members) - set(kept) - set(csv_files) - set(annotated.values()) - ({order.name} if order else set()))
+    unused = sorted(set(members) - set(kept) - set(csv_files) - set(notes.values()) - ({order.name} if order else set()))
     rows = ((name, members[name].read, label) for name, label in zip(kept, labels, strict=True))
     return _collect(layout, rows, folder, given) | {"ignored": unused[:20]}
+
+
+def annotated(members: dict[str, Member]) -> dict[str, str]:
+    """Return the files that give a WebDataset's labels, by the key of their sample."""
+    return {name.rsplit(".", 1)[0]: name for name in members if name.endswith((".cls", ".json"))}
 
 
 def _common_top(names: list[str]) -> int:
@@ -158,16 +163,16 @@ def _collect(layout: str, rows: Iterable[tuple[str, Callable[[], bytes], Any]], 
     writer = Writer(folder, pictures=True)
     names: list[str] = []
     labels: list[Any] = []
-    unreadable: list[dict[str, str]] = []
+    unreadable: list[dict[str, Any]] = []
     sizes = collections.Counter[tuple[int, ...]]()
     # Class folders keep their meaning when all of one folder's pictures are unreadable.
     found: list[Any] = []
-    for name, read, label in rows:
+    for position, (name, read, label) in enumerate(rows):
         found.append(label)
         try:
             array = pictures.decode(read())
         except pictures.UNREADABLE as error:
-            unreadable.append({"name": name, "reason": printable(str(error))[:200]})
+            unreadable.append({"name": name, "position": position, "reason": printable(str(error))[:200]})
             continue
         sizes[array.shape[:2]] += 1
         if len(sizes) > 1:

@@ -30,7 +30,10 @@ class Verdict:
 
 
 def examine(purpose: str, file: Path, folder: Path, *, timeout_seconds: float = 1800.0) -> Verdict:
-    """Read `file` as a `model` or `dataset` into `folder`, in a child without secrets; wait for the verdict."""
+    """Read `file` as a `model` or `dataset` into `folder`, in a child without secrets; wait for the verdict.
+
+    With `rewrite`, write the data set again as the folder's manifest says; see `intake.rewrite`.
+    """
     command = [sys.executable, "-m", "intake", purpose, str(file), str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=timeout_seconds, check=False, env=_environment(), stdin=subprocess.DEVNULL)

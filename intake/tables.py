@@ -48,7 +48,7 @@ def npz(members: dict[str, Member]) -> Arrays:
     """Read `images`, `labels` and `class_names` of an .npz; headers are checked before any data is read."""
     found = {name.removesuffix(".npy"): member for name, member in members.items()}
     image_key = next((key for key in ("images", "x", "X", "data", "arr_0") if key in found), None)
-    label_key = next((key for key in ("labels", "y", "Y", "targets", "arr_1") if key in found), None)
+    wanted = label_key(members)
     if image_key is None:
         raise Refusal("dataset_invalid", f"the .npz holds {sorted(found)[:10]} but no `images`", "Call the arrays `images` and `labels`.")
     shape, dtype, stream = _header(found[image_key])
@@ -64,10 +64,10 @@ def npz(members: dict[str, Member]) -> Arrays:
             "dataset_invalid", f"`{image_key}` has shape {shape}: neither the last nor the second size is 1 or 3 channels", "Give grey or RGB images."
         )
     labels, names = None, []
-    if label_key is not None:
-        labels = _small_array(found[label_key], label_key)
+    if wanted is not None:
+        labels = _small_array(found[wanted], wanted)
         if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != shape[0]:
-            raise Refusal("dataset_invalid", f"`{label_key}` is {labels.dtype} {labels.shape} for {shape[0]} images", "Give one integer an image.")
+            raise Refusal("dataset_invalid", f"`{wanted}` is {labels.dtype} {labels.shape} for {shape[0]} images", "Give one integer an image.")
         labels = checked_labels(labels)
     if "class_names" in found:
         array = _small_array(found["class_names"], "class_names")
@@ -77,6 +77,11 @@ def npz(members: dict[str, Member]) -> Arrays:
     if labels is not None and names and labels.max() >= len(names):
         raise Refusal("dataset_invalid", f"label {labels.max()} has no name among {len(names)}", "Give one class name a label.")
     return Arrays(shape, labels, names, _blocks(stream, shape, channels_first=channels_first))
+
+
+def label_key(members: dict[str, Member]) -> str | None:
+    """Return the name of an .npz file's array of labels, if it has one."""
+    return next((key for key in ("labels", "y", "Y", "targets", "arr_1") if f"{key}.npy" in members), None)
 
 
 def checked_labels(labels: np.ndarray) -> np.ndarray:
@@ -120,6 +125,11 @@ def _header(member: Member) -> tuple[tuple[int, ...], np.dtype[Any], Iterator[by
 def _small_array(member: Member, name: str) -> np.ndarray:
     if member.size > 64 << 20:
         raise Refusal("too_large", f"`{name}` has {member.size} bytes", "At most 64 MiB are taken.")
+    return whole_array(member)
+
+
+def whole_array(member: Member) -> np.ndarray:
+    """Return an .npy member as an array without objects, however large."""
     shape, dtype, stream = _header(member)
     return np.frombuffer(b"".join(stream), dtype=dtype).reshape(shape)
 
@@ -161,13 +171,7 @@ def cifar(members: dict[str, Member]) -> tuple[np.ndarray, np.ndarray, list[str]
     batches = [name for name in by_name if name in CIFAR[0]] or [name for name in by_name if name in CIFAR[1]]
     images, labels, names = [], [], []
     for name in batches:
-        content = _plain_pickle(by_name[name])
-        wanted = next((key for key in ("fine_labels", "labels") if key in content), None)
-        pixels = _array(content.get("data"), name)
-        if wanted is None or not isinstance(content[wanted], list) or any(type(label) is not int for label in content[wanted]):
-            raise damaged(f"{name} has no list of labels")
-        if pixels.ndim != 2 or pixels.shape[1] != 3072 or len(pixels) != len(content[wanted]):
-            raise damaged(f"{name} has data of shape {pixels.shape} for {len(content[wanted])} labels")
+        content, pixels, wanted = cifar_batch(by_name[name])
         images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels += content[wanted]
         files = content.get("filenames", [str(number) for number in range(len(pixels))])
@@ -185,6 +189,22 @@ def cifar(members: dict[str, Member]) -> tuple[np.ndarray, np.ndarray, list[str]
     if classes and found.max() >= len(classes):
         raise damaged(f"label {found.max()} has no name among {len(classes)}")
     return np.concatenate(images), found, classes, names, [name for name in by_name if name not in batches and name not in CIFAR[2]]
+
+
+def cifar_batch(member: Member) -> tuple[dict[str, Any], np.ndarray, str]:
+    """Return a batch's content, its pixels (N, 3072), and under which key the content has its labels.
+
+    Raises `Refusal`.
+    """
+    name = member.name.rsplit("/", 1)[-1]
+    content = _plain_pickle(member)
+    wanted = next((key for key in ("fine_labels", "labels") if key in content), None)
+    pixels = _array(content.get("data"), name)
+    if wanted is None or not isinstance(content[wanted], list) or any(type(label) is not int for label in content[wanted]):
+        raise damaged(f"{name} has no list of labels")
+    if pixels.ndim != 2 or pixels.shape[1] != 3072 or len(pixels) != len(content[wanted]):
+        raise damaged(f"{name} has data of shape {pixels.shape} for {len(content[wanted])} labels")
+    return content, pixels, wanted
 
 
 def _plain_pickle(member: Member) -> dict[str, Any]:
@@ -233,6 +253,41 @@ def parquet(path: Path) -> tuple[list[str], Iterator[tuple[str, bytes, int | str
 
     As Hugging Face writes it: a column of pictures as bytes or as struct{bytes, path}, and a column of labels. Raises `Refusal`.
     """
+    pyarrow, file, label, picture = _checked_parquet(path)
+    most = MAX_RATIO * path.stat().st_size + CHUNK
+
+    def rows() -> Iterator[tuple[str, bytes, int | str | None]]:
+        columns = [picture] + ([label] if label else [])
+        count = total = 0
+        try:
+            for batch in file.iter_batches(batch_size=64, columns=columns, use_threads=False):
+                labels = batch.column(label).to_pylist() if label else [None] * batch.num_rows
+                for cell, one in zip(batch.column(picture), labels, strict=True):
+                    value = cell.as_py()
+                    data = (value.get("bytes") if isinstance(value, dict) else value) or b""
+                    name = (value.get("path") if isinstance(value, dict) else None) or f"row-{count}"
+                    total += len(data)
+                    if total > most:
+                        raise Refusal("unsafe_file", f"the parquet file would grow to more than {most} bytes", "Write every picture once.")
+                    yield printable(str(name))[:500], data, one
+                    count += 1
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise damaged(f"the parquet file cannot be read after row {count}: {printable(str(error))[:200]}") from error
+
+    return _hugging_face_names(file.schema_arrow.metadata, label), rows()
+
+
+def open_parquet(path: Path) -> tuple[Any, Any, str | None]:
+    """Return pyarrow, an open parquet file with pictures, and the column of its labels, if it has one.
+
+    Raises `Refusal`.
+    """
+    pyarrow, _, label, _ = _checked_parquet(path)
+    # As it is written, without the dictionaries that reading pictures wants.
+    return pyarrow, _open_parquet(pyarrow, path), label
+
+
+def _checked_parquet(path: Path) -> tuple[Any, Any, str | None, str]:
     try:
         # Arrow's own allocators reserve more address space than the fence allows.
         os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
@@ -255,27 +310,7 @@ def parquet(path: Path) -> tuple[list[str], Iterator[tuple[str, bytes, int | str
         file = _open_parquet(pyarrow, path, read_dictionary=[leaf])
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise damaged(f"the parquet file cannot be read: {printable(str(error))[:200]}") from error
-    most = MAX_RATIO * path.stat().st_size + CHUNK
-
-    def rows() -> Iterator[tuple[str, bytes, int | str | None]]:
-        columns = [picture.name] + ([label] if label else [])
-        count = total = 0
-        try:
-            for batch in file.iter_batches(batch_size=64, columns=columns, use_threads=False):
-                labels = batch.column(label).to_pylist() if label else [None] * batch.num_rows
-                for cell, one in zip(batch.column(picture.name), labels, strict=True):
-                    value = cell.as_py()
-                    data = (value.get("bytes") if isinstance(value, dict) else value) or b""
-                    name = (value.get("path") if isinstance(value, dict) else None) or f"row-{count}"
-                    total += len(data)
-                    if total > most:
-                        raise Refusal("unsafe_file", f"the parquet file would grow to more than {most} bytes", "Write every picture once.")
-                    yield printable(str(name))[:500], data, one
-                    count += 1
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise damaged(f"the parquet file cannot be read after row {count}: {printable(str(error))[:200]}") from error
-
-    return _hugging_face_names(schema.metadata, label), rows()
+    return pyarrow, file, label, picture.name
 
 
 def _open_parquet(pyarrow: Any, path: Path, **more: Any) -> Any:
@@ -300,8 +335,11 @@ def _hugging_face_names(metadata: dict[bytes, bytes] | None, label: str | None) 
 # -- CSV -----------------------------------------------------------------------------------------------------------
 
 
-def csv_labels(member: Member) -> dict[str, str]:
-    """Return the label of every file that a CSV names; its header says which columns these are."""
+def csv_rows(member: Member) -> tuple[list[list[str]], int, int, str]:
+    """Return a CSV's rows with its header, the columns of file names and labels, and its delimiter.
+
+    Raises `Refusal`.
+    """
     if member.size > MAX_TABLE:
         raise Refusal("too_large", f"{member.name} has {member.size} bytes", f"At most {MAX_TABLE >> 20} MiB are taken.")
     try:
@@ -322,6 +360,12 @@ def csv_labels(member: Member) -> dict[str, str]:
             f"{member.name} has the columns {header[:12]}: which is the file's name, which the label?",
             f"Start it with a line that names them, e.g. `{FILE_COLUMNS[0]},{LABEL_COLUMNS[0]}`.",
         )
+    return rows, file, label, delimiter
+
+
+def csv_labels(member: Member) -> dict[str, str]:
+    """Return the label of every file that a CSV names; its header says which columns these are."""
+    rows, file, label, _ = csv_rows(member)
     found: dict[str, str] = {}
     for number, row in enumerate(rows[1:], start=2):
         if not row:
@@ -336,8 +380,11 @@ def csv_labels(member: Member) -> dict[str, str]:
     return found
 
 
-def match(labels: dict[str, str], pictures: list[str], table: str) -> dict[str, str]:
-    """Return the label of every picture: by path, by its end, or by the name without ending, whichever the CSV uses."""
+def match(labels: dict[str, str], pictures: list[str], table: str, *, partly: bool = False) -> dict[str, str]:
+    """Return the label of every picture: by path, by its end, or by the name without ending, whichever the CSV uses.
+
+    Raises `Refusal` when a name fits no picture (unless `partly`) or several.
+    """
     for shorten in (lambda name: name, lambda name: name.rsplit("/", 1)[-1], lambda name: name.rsplit("/", 1)[-1].rsplit(".", 1)[0]):
         by_name: dict[str, list[str]] = collections.defaultdict(list)
         for name in pictures:
@@ -349,7 +396,7 @@ def match(labels: dict[str, str], pictures: list[str], table: str) -> dict[str, 
         if twice is not None:
             raise Refusal("dataset_invalid", f"{twice!r} of {table} is {len(by_name[twice])} files: {by_name[twice][:3]}", "Write paths into the CSV.")
         missing = sorted(labels.keys() - hits)
-        if missing:
+        if missing and not partly:
             raise Refusal(
                 "dataset_invalid", f"{len(missing)} files of {table} are not in the archive, the first is {missing[0]!r}", "Add them, or drop the lines."
             )

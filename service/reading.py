@@ -135,12 +135,5 @@ def recognised(description: dict[str, Any]) -> dict[str, Any]:
     shapes = {name: tuple(tensor["shape"]) for name, tensor in description["tensors"].items()}
     variants = recognise(shapes)
     contradictions(shapes, variants[0])
-    first = variants[0]
-    return {
-        "architecture": first.name if len(variants) == 1 else None,
-        "candidates": [variant.name for variant in variants],
-        "family": first.family,
-        "classes": first.classes,
-        "channels": first.channels,
-        "input_size": first.input_size,
-    }
+    # Several fit where parameters cannot tell them apart; the engine decides when it sees images.
+    return {**variants[0].describe(), "architecture": variants[0].name if len(variants) == 1 else None, "candidates": [variant.name for variant in variants]}

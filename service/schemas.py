@@ -95,11 +95,12 @@ class Dataset(Upload):
     """A set of images."""
 
     object: Literal["dataset"] = "dataset"
+    origin_job_id: str | None
 
     @classmethod
     def of(cls, row: tables.Dataset) -> Dataset:
         """Return the JSON form of a row."""
-        return cls(**_upload(row))
+        return cls(**_upload(row), origin_job_id=row.origin_job_id)
 
 
 def _upload(row: tables.Model | tables.Dataset) -> dict[str, Any]:
@@ -210,8 +211,9 @@ class Evaluation(Incoming):
 class NewJob(Incoming):
     """A job to run."""
 
-    model_id: Identifier
-    dataset_id: Identifier | None = Field(default=None, description="The clean images; `evaluate` needs none.")
+    model_id: Identifier | None = Field(default=None, description="The suspect model; methods that cleanse or train need none.")
+    dataset_id: Identifier | None = Field(default=None, description="The clean images, if the method needs any.")
+    suspect_dataset_id: Identifier | None = Field(default=None, description="The untrusted training set, for methods that cleanse it or train on it.")
     defense: catalog.union(catalog.defenses())  # type: ignore[valid-type]
     evaluation: Evaluation | None = None
     architecture: Annotated[str, StringConstraints(pattern=r"^[a-z0-9.\-]+$", max_length=64)] | None = Field(
@@ -264,8 +266,9 @@ class Job(BaseModel):
     method: str
     phase: str | None
     progress: Progress | None
-    model_id: str
+    model_id: str | None
     dataset_id: str | None
+    suspect_dataset_id: str | None
     defense: dict[str, Any]
     evaluation: dict[str, Any] | None
     seed: int
@@ -275,6 +278,7 @@ class Job(BaseModel):
     results: dict[str, Any] | None
     error: JobError | None
     cleaned_model_id: str | None
+    cleansed_dataset_id: str | None
     retry_of: str | None
     metadata: dict[str, str]
     created_at: Time
@@ -290,9 +294,9 @@ class Job(BaseModel):
         base = f"/v1/jobs/{row.id}"
         return cls(
             id=row.id, status=row.status, kind=row.kind, method=row.method, phase=row.phase, progress=row.progress,
-            model_id=row.model_id, dataset_id=row.dataset_id, defense=row.request["defense"], evaluation=row.request["evaluation"],
+            model_id=row.model_id, dataset_id=row.dataset_id, suspect_dataset_id=row.suspect_dataset_id, defense=row.request["defense"], evaluation=row.request["evaluation"],
             seed=row.seed, max_seconds=row.max_seconds, attempt=row.attempt, version=row.last_seq, results=row.results,
-            error=row.error, cleaned_model_id=row.cleaned_model_id, retry_of=row.retry_of, metadata=row.labels,
+            error=row.error, cleaned_model_id=row.cleaned_model_id, cleansed_dataset_id=row.cleansed_dataset_id, retry_of=row.retry_of, metadata=row.labels,
             created_at=row.created_at, queued_at=row.queued_at, started_at=row.started_at, finished_at=row.finished_at,
             cancel_requested_at=row.cancel_requested_at,
             urls=Urls(

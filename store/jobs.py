@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from store import ids, states
 from store.database import now
 from store.errors import LostLease, NotFound, NotTerminal
-from store.tables import Artifact, Checkpoint, Event, Job, Model
+from store.tables import Artifact, Checkpoint, Dataset, Event, Job, Model
 
 NewEvent = dict[str, Any]
 
@@ -22,7 +22,7 @@ def create(
     tenant: str,
     kind: str,
     method: str,
-    model_id: str,
+    model_id: str | None,
     dataset_id: str | None,
     test_dataset_id: str | None,
     request: dict[str, Any],
@@ -30,13 +30,14 @@ def create(
     max_seconds: float,
     labels: dict[str, str],
     triggered_dataset_id: str | None = None,
+    suspect_dataset_id: str | None = None,
     retry_of: str | None = None,
 ) -> Job:
     """Insert a queued job and its first event."""
     at = moment(session)
     job = Job(
         id=ids.new("job"), tenant=tenant, status=states.QUEUED, kind=kind, method=method, model_id=model_id, dataset_id=dataset_id,
-        test_dataset_id=test_dataset_id, triggered_dataset_id=triggered_dataset_id, request=request, seed=seed, max_seconds=max_seconds,
+        test_dataset_id=test_dataset_id, triggered_dataset_id=triggered_dataset_id, suspect_dataset_id=suspect_dataset_id, request=request, seed=seed, max_seconds=max_seconds,
         labels=labels, retry_of=retry_of, attempt=0, crashes=0, last_seq=0, created_at=at, queued_at=at,
     )  # fmt: skip
     session.add(job)
@@ -132,13 +133,30 @@ def record(
     _append(session, job_id, events)
 
 
-def succeed(session: Session, job_id: str, fence: int, *, results: dict[str, Any], artifacts: Sequence[Artifact], model: Model | None) -> None:
-    """Finish a job with its artifacts and the model it made.
+def succeed(
+    session: Session,
+    job_id: str,
+    fence: int,
+    *,
+    results: dict[str, Any],
+    artifacts: Sequence[Artifact],
+    model: Model | None = None,
+    dataset: Dataset | None = None,
+) -> None:
+    """Finish a job with its artifacts and the model or data set it made.
 
     Raises `LostLease`: the loser's files stay unreferenced.
     """
-    _finish(session, job_id, fence, states.SUCCEEDED, results=results, cleaned_model_id=model.id if model else None)
-    session.add_all([*artifacts, *([model] if model else [])])
+    _finish(
+        session,
+        job_id,
+        fence,
+        states.SUCCEEDED,
+        results=results,
+        cleaned_model_id=model.id if model else None,
+        cleansed_dataset_id=dataset.id if dataset else None,
+    )
+    session.add_all([*artifacts, *(made for made in (model, dataset) if made is not None)])
 
 
 def fail(
@@ -267,7 +285,8 @@ def retry(session: Session, job_id: str, tenant: str) -> Job:
         raise NotTerminal(f"job {job_id} is {old.status}; wait for its end or cancel it")
     return create(
         session, tenant=tenant, kind=old.kind, method=old.method, model_id=old.model_id, dataset_id=old.dataset_id,
-        test_dataset_id=old.test_dataset_id, triggered_dataset_id=old.triggered_dataset_id, request=old.request, seed=old.seed,
+        test_dataset_id=old.test_dataset_id, triggered_dataset_id=old.triggered_dataset_id,
+        suspect_dataset_id=old.suspect_dataset_id, request=old.request, seed=old.seed,
         max_seconds=old.max_seconds, labels=old.labels, retry_of=old.id,
     )  # fmt: skip
 

@@ -103,7 +103,7 @@ def delete(session: Session, table: type[Row], row_id: str, tenant: str) -> None
     Raises `NotFound`; `InUse` while a job under way needs it or it is being read.
     """
     row = get(session, table, row_id, tenant)
-    columns = (Job.model_id,) if table is Model else (Job.dataset_id, Job.test_dataset_id, Job.triggered_dataset_id)
+    columns = (Job.model_id,) if table is Model else (Job.dataset_id, Job.test_dataset_id, Job.triggered_dataset_id, Job.suspect_dataset_id)
     uses = sa.or_(*(column == row_id for column in columns))
     job_id = session.scalar(sa.select(Job.id).where(Job.status.not_in(states.TERMINAL), uses).limit(1))
     if job_id is not None:

@@ -78,9 +78,10 @@ class Model(Upload, Table):
 
 
 class Dataset(Upload, Table):
-    """An uploaded data set."""
+    """An uploaded or cleansed data set."""
 
     __tablename__ = "dataset"
+    origin_job_id: Mapped[str | None] = mapped_column(Id)
     __table_args__ = (Index("ix_dataset_tenant", "tenant", "created_at", "id"),)
 
 
@@ -93,10 +94,11 @@ class Job(Table):
     status: Mapped[str] = mapped_column(String(16))
     kind: Mapped[str] = mapped_column(String(16))
     method: Mapped[str] = mapped_column(String(64))
-    model_id: Mapped[str] = mapped_column(Id, index=True)
+    model_id: Mapped[str | None] = mapped_column(Id, index=True)
     dataset_id: Mapped[str | None] = mapped_column(Id, index=True)
     test_dataset_id: Mapped[str | None] = mapped_column(Id, index=True)
     triggered_dataset_id: Mapped[str | None] = mapped_column(Id, index=True)
+    suspect_dataset_id: Mapped[str | None] = mapped_column(Id, index=True)
     request: Mapped[dict[str, Any]] = mapped_column(Json)
     seed: Mapped[int] = mapped_column(BigInteger)
     max_seconds: Mapped[float] = mapped_column(Float(53))
@@ -105,6 +107,7 @@ class Job(Table):
     results: Mapped[dict[str, Any] | None] = mapped_column(Json)
     error: Mapped[dict[str, Any] | None] = mapped_column(Json)
     cleaned_model_id: Mapped[str | None] = mapped_column(Id)
+    cleansed_dataset_id: Mapped[str | None] = mapped_column(Id)
     retry_of: Mapped[str | None] = mapped_column(Id)
     labels: Mapped[dict[str, str]] = mapped_column("metadata", Json)
     attempt: Mapped[int] = mapped_column(Integer)

@@ -18,6 +18,7 @@ from typing import Any
 
 import structlog
 
+from intake import door
 from store import audit, idempotency, ids, jobs, library, transfers
 from store.database import Database
 from store.errors import LostLease, NotFound, StoreUnavailable
@@ -82,6 +83,7 @@ class _Attempt:
         self._artifacts: dict[str, dict[str, Any]] = {}
         self._metrics: dict[str, float] = {}
         self._results: dict[str, Any] | None = None
+        self._cleansed: Path | None = None
         self._error: dict[str, Any] | None = None
         self._phase = job.phase
         self._beaten_at = self._flushed_at = self._asked_at = time.monotonic()
@@ -95,6 +97,8 @@ class _Attempt:
             self._fetch()
             self._start()
             code = self._follow()
+            if code == 0 and self._job.kind == "cleanse":
+                self._rewrite()
         except Stopped as stop:
             self._kill()
             return self._stopped(stop.reason)
@@ -127,11 +131,15 @@ class _Attempt:
         inputs.mkdir(parents=True, mode=0o700)
         (self._folder / "checkpoints").mkdir()
         with self._database.read() as session:
-            model = library.get(session, Model, self._job.model_id, self._job.tenant)
-            roles = {"clean": self._job.dataset_id, "test": self._job.test_dataset_id, "triggered": self._job.triggered_dataset_id}
+            model = library.get(session, Model, self._job.model_id, self._job.tenant) if self._job.model_id else None
+            roles = {
+                "clean": self._job.dataset_id, "test": self._job.test_dataset_id, "triggered": self._job.triggered_dataset_id,
+                "suspect": self._job.suspect_dataset_id,
+            }  # fmt: skip
             data = {role: library.get(session, Dataset, found, self._job.tenant) for role, found in roles.items() if found}
             kept = jobs.checkpoints(session, self._job.id)
-        self._objects.fetch(model.safe_sha256 or "", inputs / "model.safetensors")
+        if model is not None:
+            self._objects.fetch(model.safe_sha256 or "", inputs / "model.safetensors")
         for role, row in data.items():
             (inputs / role).mkdir()
             self._objects.fetch(row.safe_sha256 or "", inputs / role / "dataset.safetensors")
@@ -143,8 +151,9 @@ class _Attempt:
         evaluation = request.get("evaluation")
         spec = {
             "defense": request["defense"],
-            "model": "inputs/model.safetensors",
+            "model": "inputs/model.safetensors" if model is not None else None,
             "clean": "inputs/clean" if self._job.dataset_id else None,
+            "suspect": "inputs/suspect" if self._job.suspect_dataset_id else None,
             "evaluation": _evaluation(evaluation) if evaluation else None,
             "architecture": request.get("architecture"),
             "preprocessing": request.get("preprocessing"),
@@ -280,12 +289,35 @@ class _Attempt:
 
     # -- after ----------------------------------------------------------------------------------------------------
 
+    def _rewrite(self) -> None:
+        """Have the fenced reader write the uploaded data set again as the engine's manifest says.
+
+        Raises `Stopped`, `LostLease`, and `OSError` when the reader fails: the upload was read before, so it is the machine's fault.
+        """
+        folder, inputs = self._folder / "rewritten", self._folder / "inputs"
+        folder.mkdir(exist_ok=True)
+        with self._database.read() as session:
+            suspect = library.get(session, Dataset, self._job.suspect_dataset_id or "", self._job.tenant)
+        self._objects.fetch(suspect.sha256, inputs / "upload")
+        shutil.copy(inputs / "suspect" / "dataset.json", folder)
+        shutil.copy(self._folder / "out" / "manifest.jsonl", folder)
+        found: list[door.Verdict] = []
+        patience = self._settings.intake_seconds
+        thread = threading.Thread(target=lambda: found.append(door.examine("rewrite", inputs / "upload", folder, timeout_seconds=patience)), daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(TICK_SECONDS)
+            self._keep_alive()
+        if not found or not found[0].ready:
+            raise OSError(f"the cleansed data set cannot be written: {found[0].message if found else 'the reader did not start'}")
+        shutil.copy(folder / "manifest.jsonl", self._folder / "out" / "manifest.jsonl")
+        self._cleansed = folder / Path(found[0].description["file"]).name
+
     def _succeed(self) -> str:
         """Store the files, then point the row to them in one transaction: that is the moment of success."""
         report = self._results or {}
         rows = []
         with self._database.read() as session:
-            suspect = library.get(session, Model, self._job.model_id, self._job.tenant)
             moment = jobs.moment(session)
         for name, said in self._artifacts.items():
             sha256, size = self._keep(self._folder / "out" / Path(name).name)
@@ -304,11 +336,14 @@ class _Attempt:
             )
             self._keep_alive_quietly()
         cleaned = next((row for row in rows if row.kind == "cleaned_model"), None)
-        model = self._model(suspect, cleaned, moment) if cleaned is not None else None
+        model = self._model(report["model"], cleaned, moment) if cleaned is not None else None
+        dataset = self._dataset(self._cleansed, moment) if self._cleansed is not None else None
         results = {
             name: report.get(name)
-            for name in ("before", "after", "der", "estimated", "findings", "recognised", "measured_on", "kept_aside", "verdict", "classes_lost", "seconds")
-        }
+            for name in (
+                "before", "after", "der", "estimated", "findings", "recognised", "measured_on", "kept_aside", "verdict", "classes_lost", "cleansing", "seconds",
+            )
+        }  # fmt: skip
         verdict = report.get("verdict") or {}
         with self._database.write() as session:
             if verdict.get("verdict") == "not_purified":
@@ -318,21 +353,38 @@ class _Attempt:
                 }  # fmt: skip
                 jobs.fail(session, self._job.id, self._job.attempt, error, results=results, artifacts=rows)
                 return "failed"
-            jobs.succeed(session, self._job.id, self._job.attempt, results=results, artifacts=rows, model=model)
+            jobs.succeed(session, self._job.id, self._job.attempt, results=results, artifacts=rows, model=model, dataset=dataset)
         return "succeeded"
 
-    def _model(self, suspect: Model, cleaned: Artifact, moment: float) -> Model:
-        """Return the row that makes the purified weights a model of their own."""
+    def _model(self, said: dict[str, Any], cleaned: Artifact, moment: float) -> Model:
+        """Return the row that makes the purified or trained weights a model of their own."""
         with (self._folder / "out" / cleaned.filename).open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         header.pop("__metadata__", None)
         tensors = {name: {"dtype": entry["dtype"], "shape": entry["shape"]} for name, entry in header.items()}
-        known = {name: value for name, value in (suspect.description or {}).items() if name not in ("container", "wrapper", "fence")}
         return Model(
-            id=ids.new("mdl"), tenant=self._job.tenant, name=f"{suspect.name} after {self._job.method}"[:200], filename=cleaned.filename,
+            id=ids.new(library.PREFIX[Model]), tenant=self._job.tenant, name=self._named(), filename=cleaned.filename,
             status=library.READY, bytes=cleaned.bytes, sha256=cleaned.sha256, safe_sha256=cleaned.sha256, labels={}, created_at=moment,
-            description={**known, "container": "safetensors", "wrapper": "", "tensors": tensors}, origin_job_id=self._job.id,
+            description={**said["description"], "container": "safetensors", "wrapper": "", "tensors": tensors}, origin_job_id=self._job.id,
         )  # fmt: skip
+
+    def _dataset(self, path: Path, moment: float) -> Dataset:
+        """Return the row of the cleansed data set; it is read like any upload before it is ready."""
+        sha256, size = self._keep(path)
+        return Dataset(
+            id=ids.new(library.PREFIX[Dataset]), tenant=self._job.tenant, name=self._named(), filename=path.name, status=library.RECEIVED, bytes=size, sha256=sha256,
+            labels={}, created_at=moment, reading_until=moment, origin_job_id=self._job.id,
+        )  # fmt: skip
+
+    def _named(self) -> str:
+        """Return what to call what the job made: after what it was made of."""
+        job = self._job
+        with self._database.read() as session:
+            if job.kind == "purify":
+                name = library.get(session, Model, job.model_id or "", job.tenant).name
+            else:
+                name = library.get(session, Dataset, job.suspect_dataset_id or "", job.tenant).name
+        return f"{name} after {job.method}"[:200]
 
     def _fail(self, error: dict[str, Any]) -> str:
         with self._database.write() as session:

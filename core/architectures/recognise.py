@@ -46,6 +46,17 @@ class Architecture:
     renames: tuple[tuple[str, str], ...] = ()
     prefix: str = field(default="", compare=False)
 
+    def describe(self) -> dict[str, Any]:
+        """Return the JSON form: what a model of this architecture is and takes."""
+        return {
+            "architecture": self.name,
+            "candidates": [self.name],
+            "family": self.family,
+            "classes": self.classes,
+            "channels": self.channels,
+            "input_size": self.input_size,
+        }
+
     def build(self) -> Network:
         """Make the network with fresh weights."""
         network: Network = importlib.import_module(f"core.architectures.{self.family}").build(self.options)

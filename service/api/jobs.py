@@ -12,14 +12,14 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from sqlalchemy.orm import Session
 
-from core import catalog, poisoning
-from core.errors import BadRecipe
+from core import architectures, catalog, poisoning
+from core.errors import BadRecipe, EngineError
 from core.poisoning import AttackParams
 from service import blobs, schemas
 from service.api.uploads import DOWNLOAD
 from service.context import Caller, Context, Opened, Reading, Writing
 from service.lists import After, Limit, Order, linked
-from service.problems import Problem, documented
+from service.problems import CATALOGUE, Problem, documented
 from store import idempotency, jobs, library, queue, quotas, states
 from store.tables import Artifact, Dataset, Job, Model
 
@@ -58,6 +58,7 @@ def create(
         row = jobs.create(
             session, tenant=caller.tenant, kind=method.kind.value, method=method.name, model_id=body.model_id, dataset_id=body.dataset_id,
             test_dataset_id=body.evaluation.dataset_id if body.evaluation else None, triggered_dataset_id=_triggered_id(body),
+            suspect_dataset_id=body.suspect_dataset_id,
             request=request, seed=body.seed, max_seconds=body.max_seconds or opened.settings.max_job_seconds, labels=body.metadata,
         )  # fmt: skip
         return schemas.Job.of(row).model_dump(mode="json")
@@ -136,7 +137,7 @@ def retry(job_id: str, opened: Opened, caller: Writing, idempotency_key: Idempot
         old = jobs.get(session, job_id, caller.tenant)
         if old.status in states.TERMINAL:
             quotas.check_job(session, opened.settings, caller.tenant)
-            _check_inputs(session, caller, old.model_id, (old.dataset_id, old.test_dataset_id, old.triggered_dataset_id))
+            _check_inputs(session, caller, old.model_id, (old.dataset_id, old.test_dataset_id, old.triggered_dataset_id, old.suspect_dataset_id))
         return schemas.Job.of(jobs.retry(session, job_id, caller.tenant)).model_dump(mode="json")
 
     return _accepted(opened, caller, f"POST /v1/jobs/{job_id}/retry", idempotency_key, {}, act)
@@ -310,12 +311,24 @@ def _check(session: Session, caller: Caller, body: schemas.NewJob, method: catal
     Raises `Problem`, `NotFound`, `NotReady`.
     """
     test_id = body.evaluation.dataset_id if body.evaluation else None
-    model, (clean, test, triggered) = _check_inputs(session, caller, body.model_id, (body.dataset_id, test_id, _triggered_id(body)))
-    classes = (model.description or {})["classes"]
-    if clean is None and catalog.Need.CLEAN_IMAGES in method.needs:
-        raise Problem("invalid_parameters", f"{method.title} needs clean images. Give their data set as dataset_id.")
-    if test is None and catalog.Need.TEST_SET in method.needs:
-        raise Problem("invalid_parameters", f"{method.title} needs a labelled test set. Give it as evaluation.dataset_id.")
+    wanted = (body.dataset_id, test_id, _triggered_id(body), body.suspect_dataset_id)
+    model, (clean, test, triggered, suspect) = _check_inputs(session, caller, body.model_id, wanted)
+    for need, given, what in (
+        (catalog.Need.MODEL, model, "a suspect model. Give it as model_id."),
+        (catalog.Need.SUSPECT_DATASET, suspect, "a training set to judge. Give it as suspect_dataset_id."),
+        (catalog.Need.CLEAN_IMAGES, clean, "clean images. Give their data set as dataset_id."),
+        (catalog.Need.TEST_SET, test, "a labelled test set. Give it as evaluation.dataset_id."),
+    ):
+        if given is None and need in method.needs:
+            raise Problem("invalid_parameters", f"{method.title} needs {what}")
+    if suspect is not None and catalog.Need.SUSPECT_DATASET not in method.needs:
+        raise Problem("invalid_parameters", f"{method.title} works on a model. Leave suspect_dataset_id out, or choose a method that cleanses or trains.")
+    if model is not None and method.kind is catalog.Kind.TRAIN:
+        raise Problem("invalid_parameters", f"{method.title} trains a model of its own. Leave model_id out.")
+    judged = (model if model is not None else suspect).description or {}  # type: ignore[union-attr]
+    classes = judged["classes"] if model is not None else len(judged["per_class"])
+    if suspect is not None:
+        _check_suspect(suspect, body.defense)
     targets = {"/defense/target": getattr(body.defense, "target", None)}
     if body.evaluation and body.evaluation.triggered:
         if body.evaluation.attack:
@@ -325,30 +338,42 @@ def _check(session: Session, caller: Caller, body: schemas.NewJob, method: catal
         targets["/evaluation/attack/target"] = body.evaluation.attack.target
     for pointer, target in targets.items():
         if target is not None and target >= classes:
-            detail = f"{target} is not one of the model's {classes} classes, which count from 0"
+            detail = f"{target} is not one of the {classes} classes, which count from 0"
             raise Problem("invalid_parameters", detail, errors=[{"pointer": pointer, "code": "less_than", "detail": detail}])
-    for role, data in (("clean", clean), ("test", test), ("triggered", triggered)):
+    whose = "the model" if model is not None else "the training set"
+    for role, data in (("clean", clean), ("test", test), ("triggered", triggered), ("suspect", suspect)):
         described = (data.description or {}) if data else {}
         found = len(described.get("per_class", ()))
         if data is None:
             continue
         if described["labelled"] and (found > classes or (described["class_names"] and found != classes)):
-            raise Problem(
-                "dataset_invalid", f"The {role} data set {data.id} has {found} classes, the model {classes}. Upload images of exactly the model's classes."
-            )
-        if described["channels"] != (model.description or {})["channels"]:
-            raise Problem(
-                "dataset_invalid", f"The {role} data set has {described['channels']} channels, the model takes {(model.description or {})['channels']}."
-            )
+            raise Problem("dataset_invalid", f"The {role} data set {data.id} has {found} classes, {whose} {classes}. Upload images of exactly those classes.")
+        if described["channels"] != judged["channels"]:
+            raise Problem("dataset_invalid", f"The {role} data set has {described['channels']} channels, {whose} {judged['channels']}.")
         if role != "clean" and not described["labelled"]:
             raise Problem("dataset_invalid", f"The {role} images have no labels. Upload them as a folder a class, or with a `labels` array.")
     if body.evaluation and body.evaluation.attack and test is not None:
         _check_attack(body.evaluation.attack, test, classes)
     if clean is not None and catalog.Need.CLEAN_LABELS in method.needs and not (clean.description or {})["labelled"]:
         raise Problem("dataset_invalid", f"{method.title} needs labelled clean images, data set {clean.id} has no labels.")
-    candidates = (model.description or {})["candidates"]
-    if body.architecture is not None and body.architecture not in candidates:
+    candidates = judged.get("candidates", ())
+    if model is not None and body.architecture is not None and body.architecture not in candidates:
         raise Problem("architecture_mismatch", f"The checkpoint is {' or '.join(candidates)}, not {body.architecture}.")
+
+
+def _check_suspect(suspect: Dataset, defense: Any) -> None:
+    """Refuse a training set that no cleanser could judge, and an architecture that does not exist."""
+    described = suspect.description or {}
+    if not described["labelled"]:
+        raise Problem("dataset_invalid", f"The training set {suspect.id} has no labels. Upload it as a folder a class, or with a table of labels.")
+    try:
+        catalog.check_classes(described["per_class"], described["class_names"])
+        for name in (getattr(part, "architecture", None) for part in (defense, getattr(defense, "split", None))):
+            if name is not None:
+                architectures.named(name, classes=len(described["per_class"]), channels=described["channels"])
+    except EngineError as error:
+        code = error.code if error.code in CATALOGUE else "dataset_invalid"
+        raise Problem(code, f"{error.message}. {error.advice}") from error
 
 
 def _check_attack(attack: AttackParams, test: Dataset, classes: int) -> None:
@@ -365,8 +390,8 @@ def _triggered_id(body: schemas.NewJob) -> str | None:
     return body.evaluation.triggered.dataset_id if body.evaluation and body.evaluation.triggered else None
 
 
-def _check_inputs(session: Session, caller: Caller, model_id: str, dataset_ids: tuple[str | None, ...]) -> tuple[Model, list[Dataset | None]]:
-    model = library.ready(session, Model, model_id, caller.tenant)
+def _check_inputs(session: Session, caller: Caller, model_id: str | None, dataset_ids: tuple[str | None, ...]) -> tuple[Model | None, list[Dataset | None]]:
+    model = library.ready(session, Model, model_id, caller.tenant) if model_id else None
     return model, [library.ready(session, Dataset, one, caller.tenant) if one else None for one in dataset_ids]
 
 

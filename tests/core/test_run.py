@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import digits
 from core import catalog, poisoning, snapshot
 from core.attacks.badnets import BadNets
-from core.catalog import Kind
+from core.catalog import Kind, Need
 from core.errors import Cancelled, Diverged
 from core.images import ImageSet
 from core.run import Run
@@ -145,6 +146,9 @@ def test_parameters_are_bounded(name: str) -> None:
                 assert {"maximum", "exclusiveMaximum"} & set(piece), key
 
 
+ENCODER = {"architecture": "wrn-10-1", "encoder_epochs": 3, "encoder_batch": 64}
+TRAINED = {"architecture": "wrn-10-1", "recipe": "cpu", "training_epochs": 3}
+FCT = {"architecture": "wrn-10-1", "epochs": 2, "tuning_epochs": 2, "batch_size": 64}
 RECOVERED = {"target": 5, "inversion_epochs": 6, "epochs": 3}
 SMALL: dict[str, dict[str, Any]] = {
     "neural_cleanse": {"passes": 3, "batches_per_pass": 2},
@@ -165,6 +169,20 @@ SMALL: dict[str, dict[str, Any]] = {
     "cbd": {"epochs": 3, "steps": 2, "head": "probe"},
     "anp": {"iterations": 4},
     "rnp": {"unlearning_epochs": 2, "recovering_epochs": 2},
+    "ssl_cleanse": ENCODER,
+    "fct": FCT,
+    "activation_clustering": TRAINED,
+    "spectral_signatures": TRAINED,
+    "spectre": TRAINED,
+    "scan": TRAINED,
+    "strip": {**TRAINED, "overlays": 5},
+    "beatrix": TRAINED,
+    "d_br": {**TRAINED, "split": {**FCT, "method": "fct"}, "rounds": 3},
+    "d_st": {**TRAINED, **ENCODER, "split": {**FCT, "method": "fct"}, "head_epochs": 3},
+    "retrain": {**TRAINED, "split": {**ENCODER, "method": "ssl_cleanse"}, "loss": "supcon", "encoder_epochs": 2, "head_epochs": 3},
+    "abl": {**TRAINED, "isolation_epochs": 2, "epochs": 2, "unlearning_epochs": 2},
+    "dbd": {**TRAINED, **ENCODER, "epochs": 2, "iterations": 2, "head_epochs": 2},
+    "trap_and_replace": {"recipe": "cpu", "training_epochs": 2, "head_epochs": 2},
 }
 
 
@@ -181,6 +199,9 @@ def lay_out(folder: Path, case: Case, method: str) -> Path:
         "evaluation": {"test": "inputs/test", "attack": {"method": "badnets", "target": 5}},
         "checkpoint_seconds": 0,
     }
+    if Need.SUSPECT_DATASET in catalog.defenses()[method].needs:
+        digits.poisoned(case.data.train.subset(torch.arange(500)), BadNets(method="badnets", target=5)).save(folder / "inputs" / "suspect")
+        spec |= {"model": None, "suspect": "inputs/suspect"}
     (folder / "job.json").write_text(json.dumps(spec))
     return folder
 
@@ -199,9 +220,11 @@ def test_every_defense_runs_resumes_and_stops(name: str, case: Case, tmp_path: P
     kinds = {event["type"] for event in events}
     assert {"phase", "metric", "checkpoint", "artifact"} <= kinds and ("progress" in kinds or name in ("bnp", "clp"))
     kind = catalog.defenses()[name].kind
-    assert (tmp_path / "whole" / "out" / "model.safetensors").exists() == (kind is not Kind.INSPECT)
+    assert (tmp_path / "whole" / "out" / "model.safetensors").exists() == (kind in (Kind.PURIFY, Kind.TRAIN))
+    assert (tmp_path / "whole" / "out" / "manifest.jsonl").exists() == (report["cleansing"] is not None)
+    assert report["cleansing"] is not None or kind is not Kind.CLEANSE
     page = (tmp_path / "whole" / "out" / "report.html").read_text()
-    assert name in page and report["inputs"]["model_sha256"] in page and "<script" not in page and "http" not in page
+    assert name in page and (report["inputs"]["model_sha256"] or "500 untrusted training images") in page and "<script" not in page and "http" not in page
 
     staged = sum(event["type"] == "checkpoint" for event in events) > 3
     folder = lay_out(tmp_path / "cut", case, name)
@@ -219,7 +242,7 @@ def test_every_defense_runs_resumes_and_stops(name: str, case: Case, tmp_path: P
     code, events = engine(folder)
     assert code == 0
     again = json.loads((folder / "out" / "report.json").read_text())
-    for part in ("before", "after", "findings", "model"):
+    for part in ("before", "after", "findings", "cleansing", "model"):
         assert again.get(part) == report.get(part), part
 
 

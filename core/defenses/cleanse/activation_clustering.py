@@ -1,0 +1,72 @@
+"""Activation clustering: poisoned images of a class form a cluster of their own in feature space."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from core.activations import Observing, collect, observer
+from core.catalog import Inputs, Need, Outcome, defense
+from core.run import Run
+from core.split import of_flags, stands_out
+
+REASON = "it lies in the smaller of its class's two clusters"
+
+
+class ActivationClustering(Observing):
+    """Parameters."""
+
+    method: Literal["activation_clustering"]
+    dimensions: int = Field(default=10, ge=1, le=512, title="Dimensions", description="After the principal component analysis.")
+    size: float = Field(default=0.35, gt=0, le=0.5, title="Size", description="The smaller cluster is suspicious below this share of its class.")
+    target: int | None = Field(default=None, ge=0, le=100_000, title="Target class", description="If it is known; else the class whose clusters stand out.")
+
+
+@defense(
+    title="Activation clustering",
+    paper="Chen et al., Detecting Backdoor Attacks on Deep Neural Networks by Activation Clustering, SafeAI 2019",
+    needs=(Need.SUSPECT_DATASET,),
+)
+def run(run: Run, inputs: Inputs, params: ActivationClustering) -> Outcome:
+    """Split the activations of each class into two clusters, and drop the smaller one of the class where they are well apart."""
+    suspect = inputs.suspect
+    assert suspect is not None and suspect.labels is not None
+    model = observer(run, inputs, params)
+    run.phase("clustering")
+    features = collect(run, model.features, suspect)
+    labels = suspect.labels.to(features.device)
+    small = torch.zeros(len(labels), dtype=torch.bool, device=features.device)
+    scores = torch.zeros(len(labels), device=features.device)
+    apart, shares = [], []
+    for label in range(suspect.classes):
+        own = (labels == label).nonzero()[:, 0]
+        smaller, distance, silhouette = clusters(features[own].cpu().double().numpy(), params.dimensions, run.seed)
+        small[own[torch.from_numpy(smaller).to(own.device)]] = True
+        scores[own] = torch.from_numpy(distance).float().to(scores.device)
+        shares.append(float(smaller.mean()))
+        # Two halves of equal size are a class with two faces, not a class with guests.
+        apart.append(silhouette if shares[-1] < params.size else 0.0)
+    verdict, evidence, target = stands_out(apart, "the silhouette of two clusters")
+    target = params.target if params.target is not None else target
+    flagged = (
+        small & (labels == target) if target is not None else small & torch.tensor([share < params.size for share in shares], device=labels.device)[labels]
+    )
+    split = of_flags(labels, scores, flagged, REASON, verdict=verdict, evidence=evidence, target=target)
+    return Outcome(split=split, embedding=features, findings={"silhouettes": apart, "smaller_cluster": shares})
+
+
+def clusters(features: np.ndarray, dimensions: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Cut the features (n, d) of a class in two: return the mask (n,) of the smaller cluster, how much nearer each lies to it, and the mean silhouette."""
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+    from sklearn.metrics import silhouette_score
+
+    reduced = PCA(min(dimensions, *features.shape), random_state=seed).fit_transform(features)
+    found = KMeans(2, n_init=10, random_state=seed).fit(reduced)
+    smaller = int(np.bincount(found.labels_, minlength=2).argmin())
+    distances = found.transform(reduced)
+    silhouette = silhouette_score(reduced, found.labels_, sample_size=min(len(reduced), 2000), random_state=seed) if len(set(found.labels_)) == 2 else 0.0
+    return found.labels_ == smaller, distances[:, 1 - smaller] - distances[:, smaller], float(silhouette)

@@ -1,0 +1,108 @@
+"""SSL cleansing: an encoder that never saw the labels says which labels cannot be true; surely wrong ones are corrected, doubtful images go."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from core import encoders
+from core.catalog import Inputs, Need, Outcome, defense
+from core.encoders import Encoding
+from core.neighbours import Neighbourhood, neighbourhood
+from core.run import Run
+from core.split import Cleansing, Split, stands_out
+
+REASONS = (
+    "its nearest neighbours carry another label",
+    "it is drawn to the images of another label",
+    "neighbours and energies both speak against its label",
+)
+
+
+class SSLCleanse(Cleansing, Encoding):
+    """Parameters; the defaults are the paper's for CIFAR-10."""
+
+    method: Literal["ssl_cleanse"]
+    filter: Literal["knn", "energy", "both"] = Field(default="knn", title="Filter", description="`both`: what either rejects is rejected.")
+    neighbours: int | None = Field(default=None, ge=1, le=1_000_000, title="Neighbours", description="Half the mean class size unless given.")
+    temperature: float = Field(default=0.5, ge=0.05, le=10, title="Temperature", description="Of the encoder's loss and of the energies.")
+    percentile: float = Field(
+        default=80, ge=0, le=100, title="Percentile", description="Rejected images surer than this share of the accepted ones are relabelled."
+    )
+    relabel: bool = Field(default=True, title="Relabel", description="False drops all rejected images.")
+    feature: Literal["projection", "encoder"] = Field(default="projection", title="Feature", description="What is compared.")
+
+
+@defense(
+    title="SSL cleansing",
+    paper="SSL-Cleanse: removing poisoned training samples with self-supervised representations, Eqs. 5 and 6",
+    needs=(Need.SUSPECT_DATASET,),
+)
+def run(run: Run, inputs: Inputs, params: SSLCleanse) -> Outcome:
+    """Compare every label with those of the images that look alike to a SimCLR encoder; drop or correct what contradicts them."""
+    suspect = inputs.suspect
+    assert suspect is not None and suspect.labels is not None
+    findings: dict[str, object] = {}
+    if inputs.model is not None:
+        features = encoders.embed(run, inputs.model.features, suspect)
+    else:
+        encoder = encoders.untrained(run, "encoder", suspect, params, inputs.preprocessing)
+        run.phase("learning to see")
+        findings["encoder_loss"] = encoders.contrast(run, "encoder", encoder, suspect, params, temperature=params.temperature)
+        features = encoders.embed(run, encoder if params.feature == "projection" else encoder.backbone.features, suspect)
+    run.phase("comparing")
+    split, found = judge(run, features, suspect.labels.to(features.device), suspect.classes, params)
+    return Outcome(split=split, embedding=features, findings={**findings, **found})
+
+
+def judge(run: Run, features: torch.Tensor, labels: torch.Tensor, classes: int, params: SSLCleanse) -> tuple[Split, dict[str, object]]:
+    """Filter and relabel by an embedding (N, d) of length 1; return the split and what decided it."""
+    k = params.neighbours or max(len(labels) // (2 * classes), 5)
+    k = min(k, len(labels) - 1)
+    near = neighbourhood(run, "neighbours", features, labels, classes, k=k, temperature=params.temperature)
+    opinions = {"knn": near.elected(), "energy": near.attracted()}
+    used = list(opinions) if params.filter == "both" else [params.filter]
+    accepted = torch.stack([opinions[name][0] == labels for name in used]).all(0)
+    corrected = torch.ones_like(accepted)
+    thresholds = {}
+    for name in used:
+        predicted, confidence = opinions[name]
+        own = predicted == labels
+        # Linear interpolation over all accepted images, whatever their class.
+        threshold = _percentile(confidence[own], params.percentile) if bool(own.any()) else float("inf")
+        thresholds[name] = threshold
+        corrected &= ~own & (confidence > threshold) & (predicted == opinions[used[0]][0])
+    corrected &= ~accepted & params.relabel
+    predicted = opinions[used[0]][0]
+    scores = contradiction(near, labels, params.filter)
+    verdict, evidence, target = stands_out(one_sided(labels, predicted, classes), "the excess of images that look like other classes")
+    split = Split(
+        labels=torch.where(corrected, predicted, labels), kept=accepted | corrected, scores=scores, clean=accepted, suspect=~accepted,
+        why=torch.full_like(labels, ("knn", "energy", "both").index(params.filter)), reasons=REASONS, verdict=verdict, evidence=evidence, target=target,
+    )  # fmt: skip
+    return split, {"neighbours": k, "thresholds": thresholds, "accepted": int(accepted.sum()), "relabelled": int(corrected.sum())}
+
+
+def contradiction(near: Neighbourhood, labels: torch.Tensor, by: str) -> torch.Tensor:
+    """Return how much more than its own label another one speaks for each image, (N,), 0 where none does: as a share of votes, or as an energy."""
+    strength = near.energies if by == "energy" else near.votes / near.votes.sum(1, keepdim=True)
+    own = strength.gather(1, labels[:, None])[:, 0]
+    return strength.max(1).values - own
+
+
+def one_sided(labels: torch.Tensor, predicted: torch.Tensor, classes: int) -> list[float]:
+    """Return for each class how many more of its images look like others than others' look like it, as a share of its images.
+
+    Classes that are alike are taken for each other in both directions; an attack moves images into its target only.
+    """
+    confusion = torch.zeros(classes, classes, dtype=torch.float64, device=labels.device)
+    confusion.view(-1).index_add_(0, labels * classes + predicted, torch.ones(len(labels), dtype=torch.float64, device=labels.device))
+    return [float(value) for value in (confusion.sum(1) - confusion.sum(0)) / confusion.sum(1)]
+
+
+def _percentile(values: torch.Tensor, percent: float) -> float:
+    # torch.quantile refuses more than 2^24 values.
+    return float(np.percentile(values.cpu().numpy(), percent))

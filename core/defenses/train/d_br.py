@@ -1,0 +1,62 @@
+"""D-BR: train a model on everything, then unlearn the poisoned and relearn the clean part of the split in turns."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from core import training, victim
+from core.augment import crop_and_flip, none
+from core.catalog import Inputs, Need, Outcome, defense
+from core.run import Run
+from core.schooling import AnySplit, Compared, divide, plain, split_field
+from core.tuning import cross_entropy
+
+
+class DBR(Compared, victim.Training):
+    """Parameters; the defaults are the published ones for CIFAR-10."""
+
+    method: Literal["d_br"]
+    architecture: str = Field(default="resnet18-cifar-maxpool", max_length=64, title="Architecture", description="By its name in the catalogue.")
+    split: AnySplit = split_field()
+    rounds: int = Field(default=20, ge=1, le=1000, title="Rounds", description="Each unlearns once and relearns once.")
+    learning_rate: float = Field(default=1e-4, gt=0, le=1, title="Learning rate", description="Constant.")
+    batch_size: int = Field(default=128, ge=2, le=4096, title="Batch size")
+    augment: bool = Field(default=True, title="Augment", description="Random crop and flip while unlearning and relearning.")
+
+
+@defense(
+    title="D-BR",
+    paper="Effective backdoor defense by exploiting sensitivity of poisoned samples, NeurIPS 2022, Eq. 4",
+    needs=(Need.SUSPECT_DATASET,),
+)
+def run(run: Run, inputs: Inputs, params: DBR) -> Outcome:
+    """Remove the backdoor of a plainly trained model by gradient ascent on the poisoned part and descent on the clean part."""
+    divided = divide(run, inputs, params.split)
+    baseline = plain(run, inputs, params)
+    model = baseline.frozen_copy().requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=params.learning_rate, momentum=0.9, weight_decay=5e-4)
+    generator = run.generator("unlearn and relearn")
+    descent = cross_entropy(model)
+    ascent = training.supervised(lambda images, labels: -F.cross_entropy(model(images).float(), labels))
+    history: dict[str, list[float]] = {"unlearning": [], "relearning": []}
+    run.phase("unlearning and relearning")
+    for number in run.stage("unlearn and relearn", total=params.rounds, model=model, optimizer=optimizer, generator=generator, history=history):
+        model.train()
+        for name, loss, part in (("unlearning", ascent, divided.poisoned), ("relearning", descent, divided.clean)):
+            # The ascent is unbounded: full precision, and `one_epoch` stops at the first value that is not finite.
+            mean = training.one_epoch(
+                run, name, data=part, loss=loss, network=model, optimizer=optimizer, schedule=training.steps((0, params.learning_rate)), epoch=number,
+                batch_size=min(params.batch_size, len(part)), generator=generator, augment=crop_and_flip() if params.augment else none, mixed=False,
+            )  # fmt: skip
+            history[name].append(mean)
+            run.metric(f"{name} loss", mean, epoch=number + 1)
+        model.eval()
+        inputs.watch(model)
+    findings = {**divided.findings(), "unlearning_loss": history["unlearning"], "relearning_loss": history["relearning"]}
+    return Outcome(
+        model=model.eval(), baseline=baseline if params.compare else None, split=divided.split, embedding=divided.outcome.embedding, findings=findings
+    )
