@@ -54,15 +54,16 @@ def run(run: Run, inputs: Inputs, params: SSLCleanse) -> Outcome:
         findings["encoder_loss"] = encoders.contrast(run, "encoder", encoder, suspect, params, temperature=params.temperature)
         features = encoders.embed(run, encoder if params.feature == "projection" else encoder.backbone.features, suspect)
     run.phase("comparing")
-    split, found = judge(run, features, suspect.labels.to(features.device), suspect.classes, params)
+    labels = suspect.labels.to(features.device)
+    k = min(params.neighbours or max(len(labels) // (2 * suspect.classes), 5), len(labels) - 1)
+    near = neighbourhood(run, "neighbours", features, labels, suspect.classes, k=k, temperature=params.temperature)
+    split, found = judge(near, labels, params)
+    findings["neighbours"] = k
     return Outcome(split=split, embedding=features, findings={**findings, **found})
 
 
-def judge(run: Run, features: torch.Tensor, labels: torch.Tensor, classes: int, params: SSLCleanse) -> tuple[Split, dict[str, object]]:
-    """Filter and relabel by an embedding (N, d) of length 1; return the split and what decided it."""
-    k = params.neighbours or max(len(labels) // (2 * classes), 5)
-    k = min(k, len(labels) - 1)
-    near = neighbourhood(run, "neighbours", features, labels, classes, k=k, temperature=params.temperature)
+def judge(near: Neighbourhood, labels: torch.Tensor, params: SSLCleanse) -> tuple[Split, dict[str, object]]:
+    """Filter and relabel by what neighbours and energies say of labels (N,); return the split and what decided it."""
     opinions = {"knn": near.elected(), "energy": near.attracted()}
     used = list(opinions) if params.filter == "both" else [params.filter]
     accepted = torch.stack([opinions[name][0] == labels for name in used]).all(0)
@@ -78,12 +79,12 @@ def judge(run: Run, features: torch.Tensor, labels: torch.Tensor, classes: int, 
     corrected &= ~accepted & params.relabel
     predicted = opinions[used[0]][0]
     scores = contradiction(near, labels, params.filter)
-    verdict, evidence, target = stands_out(one_sided(labels, predicted, classes), "the excess of images that look like other classes")
+    verdict, evidence, target = stands_out(one_sided(labels, predicted, near.votes.shape[1]), "the excess of images that look like other classes")
     split = Split(
         labels=torch.where(corrected, predicted, labels), kept=accepted | corrected, scores=scores, clean=accepted, suspect=~accepted,
         why=torch.full_like(labels, ("knn", "energy", "both").index(params.filter)), reasons=REASONS, verdict=verdict, evidence=evidence, target=target,
     )  # fmt: skip
-    return split, {"neighbours": k, "thresholds": thresholds, "accepted": int(accepted.sum()), "relabelled": int(corrected.sum())}
+    return split, {"thresholds": thresholds, "accepted": int(accepted.sum()), "relabelled": int(corrected.sum())}
 
 
 def contradiction(near: Neighbourhood, labels: torch.Tensor, by: str) -> torch.Tensor:
