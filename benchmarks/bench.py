@@ -33,12 +33,14 @@ import torch
 
 from benchmarks import pictures
 from core import catalog, datasets, evaluation, poisoning, report, victim, weights
+from core.activations import Observing
 from core.catalog import Inputs, Need
 from core.classifier import Classifier, Preprocessing
 from core.errors import EngineError
 from core.images import ImageSet
 from core.poisoning import AttackParams, Recipe, Triggered
 from core.run import Run
+from core.split import Cleansing, Split
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -178,7 +180,7 @@ def one(cell: Cell, threads: int) -> None:
     if made is not None:
         found["counts"] = made.counts(train.labels)
     if cell.defense is not None:
-        found |= defended(cell, model, train, test, triggered)
+        found |= defended(cell, model, train, test, triggered, made)
     found["victim_seconds"] = json.loads((victim_folder(cell.setting, cell.attack, cell.seed) / "victim.json").read_text())["seconds"]
     found["seconds"] = round(time.monotonic() - started, 1)
     found["machine"] = machine()
@@ -188,15 +190,21 @@ def one(cell: Cell, threads: int) -> None:
     print(f"{cell.row} · {cell.column} · seed {cell.seed}: BA {shown['ba']['value']:.2%}{asr}, {found['seconds']:.0f} s", flush=True)
 
 
-def defended(cell: Cell, model: Classifier, train: ImageSet, test: ImageSet, triggered: Triggered | None) -> dict[str, Any]:
-    """Run the cell's defense on its victim and measure again; the last state counts, whatever it is."""
+def defended(cell: Cell, model: Classifier, train: ImageSet, test: ImageSet, triggered: Triggered | None, made: Recipe | None) -> dict[str, Any]:
+    """Run the cell's defense on its victim, or on what the victim was trained on, and measure again; the last state counts, whatever it is."""
     assert cell.defense is not None
     method = catalog.defenses()[cell.defense["method"]]
-    params = catalog.validate({method.name: method}, filled(cell.defense, cell.attack))
+    params = catalog.validate({method.name: method}, filled(cell.defense, cell.attack, cell.setting.model))
     run = Run(seed=cell.seed, device=cell.setting.device)
     clean = train.sample(int(cell.setting.clean_fraction * len(train)), run.generator("clean images")).to(run.device)
     started = time.monotonic()
     inputs = Inputs(model=model, clean=clean)
+    poison = poisoning.poison(train, made) if made is not None and Need.SUSPECT_DATASET in method.needs else None
+    if Need.SUSPECT_DATASET in method.needs:
+        # A cleanser that looks at activations would train the very model that is in the cache.
+        observing = issubclass(method.params, Observing)
+        suspect = (poison.data if poison is not None else train).placed(run.device)
+        inputs = Inputs(model=model if observing else None, clean=clean, suspect=suspect, preprocessing=cell.setting.normalisation())
     try:
         catalog.require(method, inputs, params)
         outcome = method.run(run, inputs, params)
@@ -205,12 +213,35 @@ def defended(cell: Cell, model: Classifier, train: ImageSet, test: ImageSet, tri
         return {"after": None, "refused": error.as_dict(), "defense_seconds": round(time.monotonic() - started, 1)}
     seconds = round(time.monotonic() - started, 1)
     after = evaluation.evaluate(outcome.model, test, triggered) if outcome.model is not None else None
-    return {"after": after, "findings": outcome.findings, "defense_seconds": seconds}
+    found = {"after": after, "findings": outcome.findings, "defense_seconds": seconds}
+    if outcome.split is not None:
+        assert inputs.suspect is not None and inputs.suspect.labels is not None
+        bad = poison.is_poisoned if poison is not None else torch.zeros(len(train), dtype=torch.bool)
+        found["split"] = judged(outcome.split.cpu(), bad, inputs.suspect.labels.cpu(), params)
+    return found
 
 
-def filled(defense: dict[str, Any], attack: dict[str, Any] | None) -> dict[str, Any]:
-    """Return a column's parameters for a row: a column may take the row's own attack for its trigger."""
-    return {name: attack if value == "the row's" else value for name, value in defense.items()}
+def judged(split: Split, bad: torch.Tensor, given: torch.Tensor, params: catalog.Params) -> dict[str, Any]:
+    """Return how good a split is, with what its verdict leaves of the set: `poison_left` keeps its given label, `clean_lost` is dropped.
+
+    Args:
+        bad: (N,) bool, the images with the trigger. given: (N,) their labels in the poisoned set.
+    """
+    rates = evaluation.split_precision(bad, split.clean, split.suspect)
+    left = split.settled(given, params) if isinstance(params, Cleansing) else split
+    poison_left = left.kept & ~left.relabelled(given) & bad
+    return {
+        **rates,
+        "verdict": split.verdict, "evidence": split.evidence, "target": split.target,
+        "clean_flagged": evaluation.rate(int((split.suspect & ~bad).sum()), int((~bad).sum())),
+        "poison_left": evaluation.rate(int(poison_left.sum()), int(bad.sum())),
+        "clean_lost": evaluation.rate(int((~left.kept & ~bad).sum()), int((~bad).sum())),
+    }  # fmt: skip
+
+
+def filled(defense: dict[str, Any], attack: dict[str, Any] | None, model: str) -> dict[str, Any]:
+    """Return a column's parameters for a row: a column may take the row's own attack for its trigger, and the victim's architecture for its own."""
+    return {name: attack if value == "the row's" else model if value == "the victim's" else value for name, value in defense.items()}
 
 
 def trained(setting: Setting, attack: dict[str, Any] | None, seed: int) -> tuple[Classifier, Recipe | None]:
@@ -274,7 +305,7 @@ def write(name: str, budget: str, table: dict[str, Any], setting: Setting, cells
         f"batch {recipe.batch_size}, {'crop and flip' if recipe.augment else 'no augmentation'}; defenses get {100 * setting.clean_fraction:g} % clean images.",
         "",
     ]
-    lines += rendered(table, found)
+    lines += rendered_splits(table, found) if table.get("of") == "splits" else rendered(table, found)
     lines += [
         "",
         f"Percent, mean ± standard deviation over n seeds; worst class: the change, in points, of the class that lost most; seconds of the defense, or of making the victim. {machines(found)}",
@@ -315,6 +346,28 @@ def rendered(table: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def rendered_splits(table: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
+    """Return the Markdown rows of a table of cleansers: what they flag, what they say of the set, what is left of it."""
+    lines = [
+        "| training set | method | poison found | clean flagged | precision | verdict | poison left | clean lost | n | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table["rows"]:
+        for column in table["columns"]:
+            cells = [one for one in found if one["cell"]["row"] == row["name"] and one["cell"]["column"] == column["name"] and "split" in one]
+            if not cells:
+                continue
+            shown = [one["split"] for one in cells]
+            target = (row.get("attack") or {}).get("target")
+            verdicts = [one["verdict"] + (" (right class)" if one["target"] is not None and one["target"] == target else "") for one in shown]
+            lines.append(
+                f"| {row['name']} | {column['name']} | {spread(shown, 'poison_recall')} | {spread(shown, 'clean_flagged')} | {spread(shown, 'poison_precision')} | "
+                f"{', '.join(sorted(set(verdicts))).replace('_', ' ')} | {spread(shown, 'poison_left')} | {spread(shown, 'clean_lost')} | {len(cells)} | "
+                f"{statistics.mean(one['defense_seconds'] for one in cells):.0f} |"
+            )
+    return lines
+
+
 def worst(found: list[dict[str, Any]]) -> str:
     """Return the mean change, in points, of the class that a defense cost most; empty where nothing was defended."""
     changes = [
@@ -327,7 +380,7 @@ def worst(found: list[dict[str, Any]]) -> str:
 
 def spread(found: list[dict[str, Any]], name: str) -> str:
     """Return mean ± standard deviation of a rate, in percent; empty where it does not exist."""
-    values = [100 * one[name]["value"] for one in found if name in one]
+    values = [100 * one[name]["value"] for one in found if name in one and one[name]["value"] is not None]
     if not values:
         return ""
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")

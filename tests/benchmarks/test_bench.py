@@ -38,7 +38,7 @@ def test_tables_speak_of_what_exists(path: Path) -> None:
         if "attack" in row:
             catalog.validate(catalog.attacks(), row["attack"])
     for column in table.get("columns", []):
-        catalog.validate(catalog.defenses(), bench.filled(column["defense"], {"method": "badnets", "target": 0}))
+        catalog.validate(catalog.defenses(), bench.filled(column["defense"], {"method": "badnets", "target": 0}, "wrn-16-1"))
     for budget in ("full", "cpu"):
         assert table[budget]["recipe"] in victim.RECIPES
     assert len({row["name"] for row in table["rows"]}) == len(table["rows"])
