@@ -19,7 +19,7 @@ from core.tuning import Tuning, epochs_field, rate_field, tune
 
 
 class Contrast(Tuning):
-    """Parameters of the elimination; `anchor` 0 and `learning_rate` 0.1 are as published on CIFAR-10."""
+    """Parameters of the elimination; `anchor` 0, `learning_rate` 0.1 and `calibrate` false are as published on CIFAR-10."""
 
     epochs: int = epochs_field(20, "Contrastive epochs")
     learning_rate: float = rate_field(0.2, "Of the first epoch; a tenth until half of the epochs, then a hundredth. As published: 0.1.")

@@ -30,9 +30,10 @@ def run(run: Run, inputs: Inputs, params: MMBD) -> Outcome:
     """Say whether one class's margin can be raised anomalously far, over all images, without any data."""
     assert inputs.model is not None
     model = inputs.model
-    size = model.architecture.input_size if inputs.clean is None else inputs.clean.images.shape[2]
+    side = model.architecture.input_size
+    height, width = (side, side) if inputs.clean is None else inputs.clean.images.shape[2:]
     run.phase("climbing")
-    found = largest_margins(run, "climb", model, (model.architecture.channels, size, size), starts=params.starts, steps=params.steps, rate=params.step)
+    found = largest_margins(run, "climb", model, (model.architecture.channels, height, width), starts=params.starts, steps=params.steps, rate=params.step)
     chance = p_value(found)
     highest = max(range(model.classes), key=lambda label: found[label])
     verdict, reason = judge(chance, highest, model.classes, params.significance)

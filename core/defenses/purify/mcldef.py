@@ -11,7 +11,7 @@ from core.run import Run
 
 
 class MCLDef(Recovery, Contrast):
-    """Parameters. `anchor` 0, `learning_rate` 0.1 and `inversion_epochs` 100 are the published method on CIFAR-10."""
+    """Parameters. `anchor` 0, `learning_rate` 0.1, `inversion_epochs` 100 and `calibrate` false are the published method on CIFAR-10."""
 
     method: Literal["mcldef"]
 
