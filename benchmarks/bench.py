@@ -241,7 +241,15 @@ def judged(split: Split, bad: torch.Tensor, given: torch.Tensor, params: catalog
 
 def filled(defense: dict[str, Any], attack: dict[str, Any] | None, model: str) -> dict[str, Any]:
     """Return a column's parameters for a row: a column may take the row's own attack for its trigger, and the victim's architecture for its own."""
-    return {name: attack if value == "the row's" else model if value == "the victim's" else value for name, value in defense.items()}
+    special = {"the row's": attack, "the victim's": model}
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: fill(inner) for name, inner in value.items()}
+        return special.get(value, value) if isinstance(value, str) else value
+
+    filled: dict[str, Any] = fill(defense)
+    return filled
 
 
 def trained(setting: Setting, attack: dict[str, Any] | None, seed: int) -> tuple[Classifier, Recipe | None]:

@@ -18,6 +18,7 @@ from core.run import Run
 from tests.core.test_attacks import noise
 
 TABLES = sorted((bench.HERE / "tables").glob("*.toml"))
+FCT = {"method": "fct", "architecture": "the victim's", "epochs": 1, "tuning_epochs": 1}
 TABLE: dict[str, Any] = {
     "title": "Small",
     "about": "Two rows.",
@@ -73,6 +74,29 @@ def test_a_table_is_measured_once_and_written(setting: bench.Setting, tmp_path: 
     assert grid["counts"]["n_poisoned"] == 20 and grid["after"]["asr"]["n"] == 67 and grid["machine"]["torch"]
     (line,) = [line for line in (tmp_path / "results" / "small.md").read_text().splitlines() if line.startswith("| Grid | FT |")]
     assert "± " in line and line.endswith("| 80.0 (target excluded) | 1.5 |") and "| 2 |" in line
+
+
+def test_a_table_of_cleansers_counts_what_they_find(setting: bench.Setting, tmp_path: Path) -> None:
+    table = {
+        "title": "Splits",
+        "about": "One row.",
+        "of": "splits",
+        "columns": [{"name": "SS", "defense": {"method": "spectral_signatures", "target": 1, "rate": 0.2}}, {"name": "FCT", "defense": FCT}],
+        "rows": [{"name": "none"}, {"name": "Grid", "attack": {"method": "badnets", "target": 1}}],
+    }
+    cells = list(bench.planned(table, setting, 1))
+    bench.measure([cell for cell in cells if cell.defense is not None], 1)
+    assert bench.write("splits", "cpu", table, setting, cells) == 2
+    found = [cell for cell in json.loads((tmp_path / "results" / "splits.json").read_text())["cells"] if cell["cell"]["column"] == "SS"]
+    clean, grid = (next(cell["split"] for cell in found if cell["cell"]["row"] == name) for name in ("none", "Grid"))
+    assert clean["poison_recall"]["value"] is None and clean["clean_flagged"]["n"] == 200
+    flagged = grid["poison_recall"]["hits"] + grid["clean_flagged"]["hits"]
+    assert grid["poison_recall"]["n"] == 20 and flagged == grid["poison_precision"]["n"] > 0
+    # What the verdict leaves: nothing is taken from a set without evidence.
+    gone = grid["clean_lost"]["hits"] + grid["poison_left"]["n"] - grid["poison_left"]["hits"]
+    assert gone == (0 if grid["verdict"] == "no_evidence" else flagged)
+    text = (tmp_path / "results" / "splits.md").read_text()
+    assert "| Grid | SS |" in text and "| none | FCT |" in text
 
 
 def test_a_stopped_training_goes_on_to_the_same_victim(setting: bench.Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
