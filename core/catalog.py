@@ -242,6 +242,12 @@ def cleansers() -> dict[str, Method]:
     return {name: method for name, method in sorted(_METHODS.items()) if method.kind is Kind.CLEANSE}
 
 
+def needs(method: Method, params: Params) -> set[Need]:
+    """Return what a job must bring: what the method cannot do without, and the cleanser whose split it starts from."""
+    split = getattr(params, "split", None)
+    return {*method.needs, *(cleansers()[split.method].needs if split is not None else ())}
+
+
 def require(method: Method, inputs: Inputs, params: Params) -> None:
     """Check that a method has what it needs, before anything starts.
 

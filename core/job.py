@@ -92,7 +92,7 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
         (Need.CLEAN_IMAGES, spec.clean, "clean images"),
         (Need.TEST_SET, spec.evaluation, "a labelled test set"),
     ):
-        if given is None and need in method.needs:
+        if given is None and need in catalog.needs(method, params):
             raise BadJob(f"{method.name} needs {what}", f"See docs/methods/{method.name}.md for what to give.")
 
     run.phase("loading")

@@ -313,13 +313,14 @@ def _check(session: Session, caller: Caller, body: schemas.NewJob, method: catal
     test_id = body.evaluation.dataset_id if body.evaluation else None
     wanted = (body.dataset_id, test_id, _triggered_id(body), body.suspect_dataset_id)
     model, (clean, test, triggered, suspect) = _check_inputs(session, caller, body.model_id, wanted)
+    needed = catalog.needs(method, body.defense)
     for need, given, what in (
         (catalog.Need.MODEL, model, "a suspect model. Give it as model_id."),
         (catalog.Need.SUSPECT_DATASET, suspect, "a training set to judge. Give it as suspect_dataset_id."),
         (catalog.Need.CLEAN_IMAGES, clean, "clean images. Give their data set as dataset_id."),
         (catalog.Need.TEST_SET, test, "a labelled test set. Give it as evaluation.dataset_id."),
     ):
-        if given is None and need in method.needs:
+        if given is None and need in needed:
             raise Problem("invalid_parameters", f"{method.title} needs {what}")
     if suspect is not None and catalog.Need.SUSPECT_DATASET not in method.needs:
         raise Problem("invalid_parameters", f"{method.title} works on a model. Leave suspect_dataset_id out, or choose a method that cleanses or trains.")
@@ -354,7 +355,7 @@ def _check(session: Session, caller: Caller, body: schemas.NewJob, method: catal
             raise Problem("dataset_invalid", f"The {role} images have no labels. Upload them as a folder a class, or with a `labels` array.")
     if body.evaluation and body.evaluation.attack and test is not None:
         _check_attack(body.evaluation.attack, test, classes)
-    if clean is not None and catalog.Need.CLEAN_LABELS in method.needs and not (clean.description or {})["labelled"]:
+    if clean is not None and catalog.Need.CLEAN_LABELS in needed and not (clean.description or {})["labelled"]:
         raise Problem("dataset_invalid", f"{method.title} needs labelled clean images, data set {clean.id} has no labels.")
     candidates = judged.get("candidates", ())
     if model is not None and body.architecture is not None and body.architecture not in candidates:

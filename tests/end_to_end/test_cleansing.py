@@ -156,6 +156,7 @@ def small(case: Case, tmp_path: Path, name: str) -> Path:
         ("good", {"method": "fct", "architecture": "resnet-eighteen"}, "architecture_unknown", "Close to it"),
         ("good", {"method": "d_br", "split": {"method": "fct", "architecture": "nothing"}}, "architecture_unknown", "no architecture 'nothing'"),
         ("good", {"method": "trap_and_replace"}, "invalid_parameters", "needs clean images"),
+        ("good", {"method": "d_br", "split": {"method": "scan"}}, "invalid_parameters", "needs clean images"),
         ("good", {"method": "mcldef"}, "invalid_parameters", "needs a suspect model"),
     ],
 )
