@@ -131,6 +131,7 @@ class Method:
         needs: what a job must bring.
         params: the parameter class.
         run: `run(run, inputs, params) -> Outcome`; an attack's is `trigger(images, params, assets) -> images`.
+        encoders: whether it also takes self-supervised encoders, whose backbone is handed to it as a classifier without a trained head.
     """
 
     name: str
@@ -141,6 +142,7 @@ class Method:
     needs: tuple[Need, ...]
     params: type[Params]
     run: Callable[..., Any]
+    encoders: bool = False
 
     def describe(self) -> dict[str, Any]:
         """Return the JSON form of the declaration."""
@@ -171,7 +173,7 @@ class Attack(Method):
         disturb: the same for images that keep their labels; the parameters then have `cross_ratio`.
     """
 
-    assets: Callable[[Any, Any], Assets]
+    assets: Callable[[Any, Any], Assets] = lambda params, shape: {}
     fit: Callable[..., Assets] | None = None
     poison: Callable[..., torch.Tensor] | None = None
     disturb: Callable[..., torch.Tensor] | None = None
@@ -181,14 +183,14 @@ class Attack(Method):
 _METHODS: dict[str, Method] = {}
 
 
-def defense(*, title: str, paper: str, needs: tuple[Need, ...]) -> Callable[[Callable[[Run, Inputs, Any], Outcome]], Any]:
+def defense(*, title: str, paper: str, needs: tuple[Need, ...], encoders: bool = False) -> Callable[[Callable[[Run, Inputs, Any], Outcome]], Any]:
     """Register `run(run, inputs, params)` of a file under `core/defenses/KIND/` as a method.
 
     The kind is the folder, the name is the file, the parameters are the class annotated on `params`.
     """
 
     def register(function: Callable[[Run, Inputs, Any], Outcome]) -> Callable[[Run, Inputs, Any], Outcome]:
-        _register(function, Method, kind=Kind(function.__module__.split(".")[-2]), title=title, paper=paper, needs=needs)
+        _register(function, Method, kind=Kind(function.__module__.split(".")[-2]), title=title, paper=paper, needs=needs, encoders=encoders)
         return function
 
     return register

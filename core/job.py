@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from core import catalog, evaluation, page, poisoning, report, split, verdict, weights
 from core.catalog import Inputs, Kind, Need, Outcome
 from core.classifier import Classifier, Preprocessing
-from core.errors import BadDataset, BadJob
+from core.errors import BadDataset, BadJob, LayerMissing
 from core.images import ImageSet
 from core.inversion import stamp
 from core.poisoning import AttackParams, Triggered
+from core.probe import backbone_of, probe, with_backbone
 from core.run import Run
 from core.split import Cleansing
 from core.weights import Recognition
@@ -102,9 +103,21 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
     inputs = Inputs(
         model=model, clean=loaded.clean.to(run.device) if loaded.clean is not None else None,
         suspect=loaded.suspect.placed(run.device) if loaded.suspect is not None else None, preprocessing=loaded.preprocessing,
-        watch=_watcher(run, test, triggered),
+        watch=_watcher(run, test, triggered) if loaded.encoder is None else lambda model: None,
     )  # fmt: skip
+    if loaded.encoder is not None and not method.encoders:
+        raise LayerMissing(
+            f"{loaded.encoder.architecture.name} is an encoder: it has no classes that {method.name} could work on",
+            "Use cbd, which purifies backbones without labels, or upload a classifier.",
+        )
     catalog.require(method, inputs, params)
+    labelled = None
+    if loaded.encoder is not None and inputs.clean is not None:
+        # Labels serve to measure an encoder, through a linear probe; no method sees them.
+        labelled, inputs = inputs.clean if inputs.clean.labels is not None else None, replace(inputs, clean=replace(inputs.clean, labels=None))
+        if labelled is not None and model is not None:
+            run.phase("probing")
+            probe(run, "probe before", model, labelled)
     trains = method.kind is Kind.TRAIN
     before = None
     if model is not None and test is not None and not trains:
@@ -118,6 +131,9 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
     # What a training is compared with is a plain training on the same images.
     suspect_model = outcome.baseline if trains else model
 
+    if result is not None and labelled is not None:
+        run.phase("probing")
+        probe(run, "probe after", result, labelled)
     after = None
     if result is not None and test is not None:
         run.phase("evaluating_after")
@@ -174,8 +190,9 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
     if result is not None:
         kind = "rejected_model" if judged is not None and judged["verdict"] == "not_purified" else "cleaned_model"
         path = run.artifact("model.safetensors", kind=kind, media_type="application/octet-stream")
-        weights.save(result, path)
-        summary["model"] = {"sha256": report.sha256(path), "bytes": path.stat().st_size, "description": result.architecture.describe()}
+        whole = with_backbone(loaded.encoder, result) if loaded.encoder is not None else result
+        weights.save(whole, path)
+        summary["model"] = {"sha256": report.sha256(path), "bytes": path.stat().st_size, "description": whole.architecture.describe()}
     summary["seconds"] = round(time.monotonic() - started, 3)
     report.write(run, summary)
     features = []
@@ -188,9 +205,15 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A job's inputs; `aside` are clean images that the method does not see, `measured_on` says what `test` is."""
+    """A job's inputs.
+
+    Attributes:
+        encoder: what was uploaded, if that was a self-supervised encoder; `model` is its backbone with an untrained head then.
+        aside: clean images that the method does not see. measured_on: what `test` is.
+    """
 
     model: Classifier | None
+    encoder: Classifier | None
     recognition: Recognition | None
     preprocessing: Preprocessing
     classes: int
@@ -206,7 +229,7 @@ def _load(run: Run, spec: JobSpec, folder: Path, *, purifying: bool) -> _Loaded:
     suspect = ImageSet.load(folder / spec.suspect) if spec.suspect is not None else None
     test = ImageSet.load(folder / spec.evaluation.test) if spec.evaluation is not None else None
     preprocessing = Preprocessing(tuple(spec.preprocessing.mean), tuple(spec.preprocessing.std)) if spec.preprocessing else None
-    model, recognition = None, None
+    model, encoder, recognition = None, None, None
     if spec.model is not None:
         images = next((data for data in (clean, test, suspect) if data is not None), None)
         tensors = weights.read(folder / spec.model)
@@ -215,6 +238,9 @@ def _load(run: Run, spec: JobSpec, folder: Path, *, purifying: bool) -> _Loaded:
         if not recognition.decided:
             run.warn("the preprocessing is a close call; give `preprocessing` if you know it", scores=recognition.as_dict()["scores"][:3])
         model, preprocessing = model.to(run.device), recognition.preprocessing
+        if model.architecture.embedding:
+            assert images is not None
+            encoder, model = model, backbone_of(model, max([2, *(data.classes for data in (clean, test, suspect) if data is not None)]))
     elif suspect is not None and preprocessing is None:
         channels = suspect.images.shape[1]
         preprocessing = Preprocessing((0.0,) * channels, (1.0,) * channels, "unit")
@@ -223,7 +249,10 @@ def _load(run: Run, spec: JobSpec, folder: Path, *, purifying: bool) -> _Loaded:
     assert preprocessing is not None
     classes = model.classes if model is not None else suspect.classes if suspect is not None else 0
     clean, aside, test, measured_on = _datasets(run, clean, suspect, test, classes, purifying=purifying)
-    return _Loaded(model, recognition, preprocessing, classes, clean, suspect, aside, test, measured_on)
+    if encoder is not None and (clean is None or clean.labels is None):
+        # Nothing can be measured of an encoder without a probe, and there is no probe without labels.
+        aside = test = measured_on = None
+    return _Loaded(model, encoder, recognition, preprocessing, classes, clean, suspect, aside, test, measured_on)
 
 
 def _datasets(

@@ -1,10 +1,12 @@
-"""Linear probe: a new last layer on frozen features."""
+"""Linear probe: a new last layer on frozen features; and an encoder's backbone as a classifier that can be probed."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+from core.architectures import named
+from core.architectures.supcontrast import SupContrast
 from core.classifier import Classifier
 from core.images import ImageSet, as_floats
 from core.run import Run
@@ -38,3 +40,27 @@ def probe(run: Run, name: str, model: Classifier, labelled: ImageSet, *, epochs:
             total += loss.detach() * len(chosen)
         history["loss"].append(float(total) / len(labelled))
     return history["loss"]
+
+
+def backbone_of(encoder: Classifier, classes: int) -> Classifier:
+    """Return an encoder's backbone as a classifier with an untrained head: the projection is left out, its features are the pooled maps."""
+    inner = _inner(encoder)
+    described = named(f"resnet{encoder.architecture.options['depth']}-cifar", classes=classes, channels=encoder.architecture.channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = described.build()
+    network.load_state_dict({**network.state_dict(), **inner.state_dict()})
+    return Classifier(network, described, encoder.preprocessing).to(encoder.mean.device).eval()
+
+
+def with_backbone(encoder: Classifier, changed: Classifier) -> Classifier:
+    """Return the encoder, projection and all, with the backbone of a classifier that `backbone_of` made."""
+    result = encoder.frozen_copy()
+    state = {name: value for name, value in changed.network.state_dict().items() if not name.startswith(f"{changed.network.head_name}.")}
+    _inner(result).load_state_dict(state)
+    return result
+
+
+def _inner(encoder: Classifier) -> torch.nn.Module:
+    assert isinstance(encoder.network, SupContrast)
+    return encoder.network.encoder

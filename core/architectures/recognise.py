@@ -35,6 +35,7 @@ class Architecture:
         input_size: the usual height and width of its images, pixels.
         renames: pairs (theirs, ours) that translate a checkpoint's names.
         prefix: what was stripped from the front of every name.
+        embedding: whether it is an encoder: `classes` is the length of its embedding then.
     """
 
     family: str
@@ -45,6 +46,7 @@ class Architecture:
     input_size: int
     renames: tuple[tuple[str, str], ...] = ()
     prefix: str = field(default="", compare=False)
+    embedding: bool = False
 
     def describe(self) -> dict[str, Any]:
         """Return the JSON form: what a model of this architecture is and takes."""
@@ -53,6 +55,7 @@ class Architecture:
             "candidates": [self.name],
             "family": self.family,
             "classes": self.classes,
+            "embedding": self.embedding,
             "channels": self.channels,
             "input_size": self.input_size,
         }

@@ -1,6 +1,7 @@
 """ResNets in the form of the SupContrast code: an `encoder` with a projection head, or with a linear classifier.
 
-With the projection the outputs are an embedding, not classes; a defense of self-supervised backbones takes its features.
+With the projection the outputs are an embedding, not classes; defenses of self-supervised backbones work on it as a classifier with a new
+head (`core/probe.py`).
 """
 
 from __future__ import annotations
@@ -37,10 +38,6 @@ class SupContrast(Network):
         """Return the four layers' outputs."""
         return self.encoder.stages(images)
 
-    def embedding(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the backbone's pooled features (N, features): what is left when the projection is thrown away."""
-        return self.stages(images)[-1].mean((2, 3))
-
     def pool(self, last: torch.Tensor) -> torch.Tensor:
         """Average pool and hidden layer."""
         return self.projection[:2](last.mean((2, 3)))
@@ -74,6 +71,7 @@ def describe(*, depth: int, classes: int, channels: int) -> Architecture:
         channels=channels,
         input_size=32,
         renames=RENAMES,
+        embedding=True,
     )
 
 

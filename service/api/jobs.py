@@ -328,6 +328,11 @@ def _check(session: Session, caller: Caller, body: schemas.NewJob, method: catal
         raise Problem("invalid_parameters", f"{method.title} trains a model of its own. Leave model_id out.")
     judged = (model if model is not None else suspect).description or {}  # type: ignore[union-attr]
     classes = judged["classes"] if model is not None else len(judged["per_class"])
+    if judged.get("embedding"):
+        if not method.encoders:
+            raise Problem("architecture_mismatch", f"{judged['architecture']} is an encoder without classes; {method.name} works on classifiers. Use cbd.")
+        # An encoder has no classes of its own: the images' are what it is measured with.
+        classes = max([len((data.description or {})["per_class"]) for data in (clean, test, triggered, suspect) if data is not None], default=0)
     if suspect is not None:
         _check_suspect(suspect, body.defense)
     targets = {"/defense/target": getattr(body.defense, "target", None)}

@@ -3,17 +3,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks import digits
-from core import catalog, poisoning, snapshot
+from core import architectures, catalog, poisoning, snapshot, weights
 from core.attacks.badnets import BadNets
 from core.catalog import Kind, Need
+from core.classifier import Classifier
 from core.errors import Cancelled, Diverged
 from core.images import ImageSet
 from core.run import Run
@@ -327,3 +330,37 @@ def test_the_page_escapes_what_users_wrote(case: Case, tmp_path: Path) -> None:
     assert "&lt;img src=x onerror=alert(1)&gt;" in page and "<img src=x" not in page
     # The features of the test images before and after, as pictures without a script.
     assert page.count("<circle") >= 200 and page.count("<svg") >= 2
+
+
+def test_an_encoder_is_purified_without_its_labels_and_measured_by_a_probe(case: Case, tmp_path: Path) -> None:
+    described = architectures.named("resnet18-supcontrast", classes=32, channels=1)
+    torch.manual_seed(0)
+    encoder = Classifier(described.build(), described, weights.GREY[0])
+    shas = []
+    for name in ("given", "shuffled"):
+        folder = lay_out(tmp_path / name, case, "cbd")
+        weights.save(encoder, folder / "inputs" / "model.safetensors")
+        clean = case.data.clean.subset(torch.arange(128))
+        assert clean.labels is not None
+        if name == "shuffled":
+            clean = replace(clean, labels=clean.labels[torch.randperm(128, generator=torch.Generator().manual_seed(1))])
+        clean.save(folder / "inputs" / "clean")
+        spec = json.loads((folder / "job.json").read_text())
+        spec["defense"] = {"method": "cbd", "epochs": 1, "steps": 2, "batch_size": 32}
+        (folder / "job.json").write_text(json.dumps(spec))
+        code, events = engine(folder)
+        assert code == 0, events[-1]
+        report = events[-1]["data"]
+        assert report["recognised"]["architecture"] == "resnet18-supcontrast" and report["model"]["description"]["embedding"]
+        assert report["before"]["ba"]["n"] == report["after"]["ba"]["n"] == 120 and "asr" in report["after"]
+        shas.append(report["model"]["sha256"])
+    # No label was touched: other labels, the same weights.
+    assert shas[0] == shas[1]
+    before, after = (load_file(tmp_path / "given" / path) for path in ("inputs/model.safetensors", "out/model.safetensors"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("encoder.") for name in changed)
+    spec["defense"] = {"method": "mcldef"}
+    (folder / "job.json").write_text(json.dumps(spec))
+    code, events = engine(folder)
+    assert code == 3 and events[-1]["data"]["code"] == "layer_missing" and "is an encoder" in events[-1]["message"]

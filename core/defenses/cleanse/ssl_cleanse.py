@@ -40,6 +40,7 @@ class SSLCleanse(Cleansing, Encoding):
     title="SSL cleansing",
     paper="SSL-Cleanse: removing poisoned training samples with self-supervised representations, Eqs. 5 and 6",
     needs=(Need.SUSPECT_DATASET,),
+    encoders=True,
 )
 def run(run: Run, inputs: Inputs, params: SSLCleanse) -> Outcome:
     """Compare every label with those of the images that look alike to a SimCLR encoder; drop or correct what contradicts them."""

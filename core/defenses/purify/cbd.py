@@ -47,6 +47,7 @@ class CBD(Tuning):
     title="CBD",
     paper="Contrastive backdoor defense (CBD) for supervised and self-supervised backbones, Eqs. 1 to 4 and 7",
     needs=(Need.MODEL, Need.CLEAN_IMAGES),
+    encoders=True,
 )
 def run(run: Run, inputs: Inputs, params: CBD) -> Outcome:
     """Pull adversarial views to their clean ones, hold the clean ones to the original backbone, and tune contrastively; no labels."""
