@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from core import victim
@@ -11,7 +12,7 @@ from core.catalog import Inputs
 from core.classifier import Classifier
 from core.images import ImageSet, as_floats
 from core.run import Run
-from core.split import Cleansing
+from core.split import Cleansing, Verdict, stands_out
 
 
 class Observing(Cleansing, victim.Training):
@@ -37,3 +38,61 @@ def collect(run: Run, function: Callable[[torch.Tensor], torch.Tensor], data: Im
         run.check_cancelled()
         found.append(function(as_floats(chunk.to(run.device))).float())
     return torch.cat(found)
+
+
+# -- is a class one group or two? --------------------------------------------------------------------------------------
+
+
+def untangle(points: np.ndarray, metric: np.ndarray, *, rounds: int = 100) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+    """Cut a class (n, d) in two groups of one covariance; return which side a point is on (a signed distance), and the likelihood ratio J.
+
+    Linear discriminants in the metric `S_e^-1` (d, d), refined until no point changes sides. J is twice the gain in log likelihood by two means
+    instead of one, an image.
+    """
+    middle = points.mean(0)
+    values, vectors = np.linalg.eigh(metric)
+    white = (points - middle) @ (vectors * np.sqrt(values.clip(0)))
+    # The direction in which the class spreads most in that metric.
+    side = white @ np.linalg.eigh(white.T @ white)[1][:, -1]
+    groups = side > np.median(side)
+    direction, offset = np.zeros(points.shape[1]), 0.0
+    for _ in range(rounds):
+        if groups.all() or not groups.any():
+            break
+        first, second = points[groups].mean(0), points[~groups].mean(0)
+        direction = metric @ (first - second)
+        offset = float(direction @ (first + second)) / 2
+        moved = points @ direction > offset
+        if (moved == groups).all():
+            break
+        groups = moved
+    ratio = 0.0
+    for part in (groups, ~groups):
+        if part.any():
+            gap = points[part].mean(0) - middle
+            ratio += float(part.mean()) * float(gap @ metric @ gap)
+    return lambda others: others @ direction - offset, ratio
+
+
+def inverse(covariance: np.ndarray) -> np.ndarray:
+    """Return the inverse of a covariance (d, d), slightly rounded so that dead features do not count infinitely."""
+    return np.linalg.inv(covariance + 1e-6 * max(float(np.trace(covariance)), 1e-12) / len(covariance) * np.eye(len(covariance)))
+
+
+def two_groups(features: torch.Tensor, labels: torch.Tensor, classes: int) -> list[float]:
+    """Return how well each class is explained as two groups instead of one, by how images vary within the other classes.
+
+    SCAn's likelihood ratio without its clean images: the other classes stand in for them, which holds while few classes are contaminated.
+
+    Args:
+        features: (N, d). labels: (N,).
+    """
+    points, which = features.cpu().double().numpy(), labels.cpu().numpy()
+    covariances = [np.cov(points[which == label].T).reshape(points.shape[1], points.shape[1]) for label in range(classes)]
+    total = np.sum(covariances, axis=0)
+    return [untangle(points[which == label], inverse((total - covariances[label]) / (classes - 1)))[1] for label in range(classes)]
+
+
+def observed(features: torch.Tensor, labels: torch.Tensor, classes: int) -> tuple[Verdict, str, int | None]:
+    """Return verdict, evidence and class of a set from the features of a classifier trained on it: poison makes its target class two groups."""
+    return stands_out(two_groups(features, labels, classes), "what is gained by cutting a class in two")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torchvision.transforms import functional as T
 
 from benchmarks import digits
-from core import catalog, encoders, losses, page, training, victim
+from core import activations, catalog, encoders, losses, page, training, victim
 from core import split as splits
 from core.activations import collect
 from core.attacks.badnets import BadNets
@@ -388,7 +388,7 @@ def test_a_class_is_cut_where_two_groups_explain_it_best() -> None:
     ratios = []
     for label in range(6):
         points = features[labels == label].double().numpy()
-        side, ratio = scan.untangle(points, np.eye(points.shape[1]))
+        side, ratio = activations.untangle(points, np.eye(points.shape[1]))
         ratios.append(ratio)
         if label == 2:
             foreign = side(points) > 0
@@ -399,6 +399,16 @@ def test_a_class_is_cut_where_two_groups_explain_it_best() -> None:
             gain = ((points - points.mean(0)) ** 2).sum() - sum(((part - part.mean(0)) ** 2).sum() for part in parts)
             assert ratio == pytest.approx(gain / len(points))
     assert ratios[2] > 2 * max(ratio for label, ratio in enumerate(ratios) if label != 2)
+
+
+def test_a_contaminated_class_stands_out_without_clean_images() -> None:
+    features, labels, _ = contaminated()
+    gains = activations.two_groups(features, labels, 6)
+    assert max(range(6), key=lambda label: gains[label]) == 2
+    verdict, evidence, target = activations.observed(features, labels, 6)
+    assert (verdict, target) == ("poisoned", 2) and "class 2" in evidence
+    clean = labels != 2
+    assert activations.observed(features[clean], labels[clean] - (labels[clean] > 2).long(), 5)[0] != "poisoned"
 
 
 def test_gram_matrices_take_the_power_first() -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from core.activations import Observing, collect, observer
+from core.activations import Observing, collect, observed, observer
 from core.catalog import Inputs, Need, Outcome, defense
 from core.run import Run
-from core.split import of_flags, stands_out
+from core.split import of_flags
 
 REASON = "it lies in the smaller of its class's two clusters"
 
@@ -47,13 +47,16 @@ def run(run: Run, inputs: Inputs, params: ActivationClustering) -> Outcome:
         small[own[torch.from_numpy(smaller).to(own.device)]] = True
         scores[own] = torch.from_numpy(distance).float().to(scores.device)
         shares.append(float(smaller.mean()))
-        # Two halves of equal size are a class with two faces, not a class with guests.
-        apart.append(silhouette if shares[-1] < params.size else 0.0)
-    verdict, evidence, target = stands_out(apart, "the silhouette of two clusters")
-    target = params.target if params.target is not None else target
-    flagged = (
-        small & (labels == target) if target is not None else small & torch.tensor([share < params.size for share in shares], device=labels.device)[labels]
-    )
+        apart.append(silhouette)
+    verdict, evidence, found = observed(features, labels, suspect.classes)
+    target = params.target if params.target is not None else found
+    # Of two halves of equal size none is the guests'; who knows the target wants its smaller cluster in any case.
+    doubtful = torch.tensor([share >= params.size and label != params.target for label, share in enumerate(shares)], device=labels.device)
+    flagged = small & ~doubtful[labels]
+    if target is not None:
+        flagged &= labels == target
+        if shares[target] >= params.size:
+            evidence += f"; its clusters are {shares[target]:.0%} and {1 - shares[target]:.0%} of it"
     split = of_flags(labels, scores, flagged, REASON, verdict=verdict, evidence=evidence, target=target)
     return Outcome(split=split, embedding=features, findings={"silhouettes": apart, "smaller_cluster": shares})
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 
-from core.activations import Observing, collect, observer
+from core.activations import Observing, collect, inverse, observer, untangle
 from core.catalog import Inputs, Need, Outcome, defense
 from core.inversion import anomaly_index
 from core.run import Run
@@ -24,6 +23,9 @@ class SCAn(Observing):
 
     method: Literal["scan"]
     threshold: float = Field(default=math.e**2, gt=0, le=1000, title="Threshold", description="A class is contaminated above this anomaly index.")
+    margin: float = Field(
+        default=3.0, gt=1, le=1000, title="Margin", description="… or if its ratio is this many times the largest of clean images; 1000 is as published."
+    )
 
 
 @defense(
@@ -41,15 +43,16 @@ def run(run: Run, inputs: Inputs, params: SCAn) -> Outcome:
     known, truth = collect(run, model.features, clean).cpu().double().numpy(), clean.labels.cpu().numpy()
     centre = known.mean(0)
     _, within = components(known - centre, truth)
-    metric = np.linalg.inv(within + 1e-6 * np.trace(within) / len(within) * np.eye(len(within)))
+    metric = inverse(within)
     points = features.cpu().double().numpy() - centre
     flagged, scores = np.zeros(len(points), dtype=bool), np.zeros(len(points))
-    ratios, groups = [], {}
+    ratios, usual, groups = [], [], {}
     for label in range(suspect.classes):
         own = labels == label
         sides, ratio = untangle(points[own], metric)
         theirs = sides((known - centre)[truth == label])
         ratios.append(ratio)
+        usual.append(untangle((known - centre)[truth == label], metric)[1])
         mine = sides(points[own])
         # The group that the clean images of the class are in is the class itself.
         share = [float((theirs > 0).mean()) / max(float((mine > 0).mean()), 1e-9), float((theirs <= 0).mean()) / max(float((mine <= 0).mean()), 1e-9)]
@@ -57,16 +60,27 @@ def run(run: Run, inputs: Inputs, params: SCAn) -> Outcome:
         groups[label] = foreign
         scores[own] = np.abs(mine) * np.where(foreign, 1, -1)
     indices = anomaly_index(np.asarray(ratios) / max(*ratios, 1e-12)).tolist()
-    contaminated = [label for label, index in enumerate(indices) if index > params.threshold and ratios[label] > float(np.median(ratios))]
+    # An attack on every class leaves no outlier; but clean images say what a ratio of clean images is.
+    most = params.margin * max(usual)
+    contaminated = [
+        label for label, index in enumerate(indices) if ratios[label] > most or (index > params.threshold and ratios[label] > float(np.median(ratios)))
+    ]
     for label in contaminated:
         flagged[labels == label] = groups[label]
-    evidence = f"anomaly index {max(indices):.3g} of the likelihood ratios; above {params.threshold:.3g} a class is contaminated"
-    target = max(contaminated, key=lambda label: ratios[label]) if contaminated else None
+    evidence = (
+        f"the likelihood ratios have anomaly indices up to {max(indices):.3g} (contaminated above {params.threshold:.3g}); "
+        f"the largest is {max(ratios):.3g}, that of clean images {max(usual):.3g}"
+    )
+    target = contaminated[0] if len(contaminated) == 1 else None
     split = of_flags(
         suspect.labels, torch.from_numpy(scores), torch.from_numpy(flagged), REASON,
         verdict="poisoned" if contaminated else "no_evidence", evidence=evidence, target=target,
     )  # fmt: skip
-    return Outcome(split=split, embedding=features, findings={"likelihood_ratios": ratios, "anomaly_indices": indices, "contaminated": contaminated})
+    return Outcome(
+        split=split,
+        embedding=features,
+        findings={"likelihood_ratios": ratios, "clean_likelihood_ratios": usual, "anomaly_indices": indices, "contaminated": contaminated},
+    )
 
 
 def components(points: np.ndarray, labels: np.ndarray, *, rounds: int = 100, tolerance: float = 1e-5) -> tuple[np.ndarray, np.ndarray]:
@@ -94,34 +108,3 @@ def components(points: np.ndarray, labels: np.ndarray, *, rounds: int = 100, tol
         if change < tolerance:
             break
     return between, within
-
-
-def untangle(points: np.ndarray, metric: np.ndarray, *, rounds: int = 100) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
-    """Cut a class (n, d) in two groups of one covariance; return which side a point is on (a signed distance), and the likelihood ratio J.
-
-    Linear discriminants in the metric `S_e^-1` (d, d), refined until no point changes sides. J is twice the gain in log likelihood by two means
-    instead of one, an image.
-    """
-    middle = points.mean(0)
-    values, vectors = np.linalg.eigh(metric)
-    white = (points - middle) @ (vectors * np.sqrt(values.clip(0)))
-    # The direction in which the class spreads most in that metric.
-    side = white @ np.linalg.eigh(white.T @ white)[1][:, -1]
-    groups = side > np.median(side)
-    direction, offset = np.zeros(points.shape[1]), 0.0
-    for _ in range(rounds):
-        if groups.all() or not groups.any():
-            break
-        first, second = points[groups].mean(0), points[~groups].mean(0)
-        direction = metric @ (first - second)
-        offset = float(direction @ (first + second)) / 2
-        moved = points @ direction > offset
-        if (moved == groups).all():
-            break
-        groups = moved
-    ratio = 0.0
-    for part in (groups, ~groups):
-        if part.any():
-            gap = points[part].mean(0) - middle
-            ratio += float(part.mean()) * float(gap @ metric @ gap)
-    return lambda others: others @ direction - offset, ratio

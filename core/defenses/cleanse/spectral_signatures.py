@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from core.activations import Observing, collect, observer
+from core.activations import Observing, collect, observed, observer
 from core.catalog import Inputs, Need, Outcome, defense
 from core.run import Run
-from core.split import of_flags, stands_out
+from core.split import of_flags
 
 REASON = "it lies far out in the direction in which its class spreads most"
 
@@ -38,7 +38,7 @@ def run(run: Run, inputs: Inputs, params: SpectralSignatures) -> Outcome:
         own = labels == label
         scores[own], share = signature(features[own])
         spread.append(share)
-    verdict, evidence, target = stands_out(spread, "the share of the variance in one direction")
+    verdict, evidence, target = observed(features, labels, suspect.classes)
     target = params.target if params.target is not None else target
     flagged = torch.zeros_like(labels, dtype=torch.bool)
     for label in range(suspect.classes) if target is None else (target,):

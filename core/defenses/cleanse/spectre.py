@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from core.activations import Observing, collect, observer
+from core.activations import Observing, collect, observed, observer
 from core.catalog import Inputs, Need, Outcome, defense
 from core.defenses.cleanse.spectral_signatures import highest
 from core.run import Run
-from core.split import of_flags, stands_out
+from core.split import of_flags
 
 REASON = "it lies far out once its class is whitened robustly"
 
@@ -44,7 +44,7 @@ def run(run: Run, inputs: Inputs, params: Spectre) -> Outcome:
         scores[own] = torch.from_numpy(found).float().to(scores.device)
         values.append(value)
         used.append(dimensions)
-    verdict, evidence, stands = stands_out(values, "the quantum entropy value")
+    verdict, evidence, stands = observed(features, labels, suspect.classes)
     # The published rule takes the largest value, whether it stands out or not.
     target = next(label for label in (params.target, stands, int(np.argmax(values))) if label is not None)
     flagged = highest(scores, labels == target, params.rate)

@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from core.activations import Observing, collect, observer
+from core.activations import Observing, collect, observed, observer
 from core.catalog import Inputs, Need, Outcome, defense
 from core.classifier import Classifier
 from core.images import ImageSet, as_floats
 from core.run import Run
-from core.split import of_flags, share_of_each, stands_out
+from core.split import of_flags
 from core.training import mixed_precision
 
 REASON = "the classifier stays sure of it whatever is blended over it"
@@ -45,9 +45,10 @@ def run(run: Run, inputs: Inputs, params: Strip) -> Outcome:
     found = entropies(run, "suspect", model, suspect, over)
     flagged = found < threshold
     labels = suspect.labels.to(found.device)
-    verdict, evidence, target = stands_out(share_of_each(flagged, labels, suspect.classes), "the share of images that stay certain")
+    features = collect(run, model.features, suspect)
+    verdict, evidence, target = observed(features, labels, suspect.classes)
     split = of_flags(labels, -found, flagged, REASON, verdict=verdict, evidence=evidence, target=target)
-    return Outcome(split=split, embedding=collect(run, model.features, suspect), findings={"threshold": threshold})
+    return Outcome(split=split, embedding=features, findings={"threshold": threshold})
 
 
 def entropies(run: Run, name: str, model: Classifier, data: ImageSet, overlays: torch.Tensor, *, batch_size: int = 20) -> torch.Tensor:
