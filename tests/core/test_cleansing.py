@@ -23,7 +23,7 @@ from core.catalog import Inputs
 from core.classifier import Preprocessing
 from core.defenses.cleanse import activation_clustering, beatrix, scan, spectral_signatures, spectre, ssl_cleanse
 from core.defenses.cleanse.fct import FCT, divide, sensitivity
-from core.defenses.cleanse.ssl_cleanse import SSLCleanse, judge, one_sided
+from core.defenses.cleanse.ssl_cleanse import SSLCleanse, judge
 from core.defenses.train import dbd, trap_and_replace
 from core.defenses.train.trap_and_replace import TrapAndReplace, add_dropout, cut_and_mix, decoder_for
 from core.errors import BadDataset, ClassMissing, ClassTooSmall, LabelsMissing, OneClassOnly, SplitEmpty
@@ -140,10 +140,22 @@ def test_both_filters_must_agree() -> None:
     assert split.kept.tolist() == [True, False, False, False, False]
 
 
-def test_alike_classes_are_mistaken_both_ways_and_poison_one_way() -> None:
-    labels = torch.tensor([0] * 10 + [1] * 10 + [2] * 10)
-    predicted = torch.tensor([0] * 8 + [1] * 2 + [1] * 8 + [0] * 2 + [2] * 5 + [0, 1, 0, 1, 1])
-    assert one_sided(labels, predicted, 3) == pytest.approx([-0.2, -0.3, 0.5])
+def test_a_label_among_strangers_is_poison_and_one_among_its_like_is_not() -> None:
+    # Classes 0 and 1 are taken for each other; images of all classes carry label 3.
+    looks = torch.arange(4).repeat_interleave(100)
+    labels = looks.clone()
+    labels[:30], labels[100:130] = 1, 0
+    assert ssl_cleanse.among_strangers(labels, looks, 4) == pytest.approx([0.0, 0.0, 0.0, 0.0])
+    labels[90:100] = labels[190:200] = labels[290:300] = 3
+    assert ssl_cleanse.among_strangers(labels, looks, 4) == pytest.approx([0.0, 0.0, 0.0, 0.1])
+
+
+def test_an_encoder_that_knows_little_never_says_that_a_set_is_clean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 6, (300,), generator=generator)
+    near = neighbourhood(Run(), "near", F.normalize(torch.randn(300, 8, generator=generator), dim=1), labels, 6, k=25)
+    split, _ = judge(near, labels, SSLCleanse(method="ssl_cleanse"))
+    assert split.verdict == "inconclusive" and "train it longer" in split.evidence
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ REASONS = (
     "it is drawn to the images of another label",
     "neighbours and energies both speak against its label",
 )
+# An encoder that confirms fewer labels than this cannot say that a set is clean.
+TRUSTED = 0.75
 
 
 class SSLCleanse(Cleansing, Encoding):
@@ -80,7 +82,11 @@ def judge(near: Neighbourhood, labels: torch.Tensor, params: SSLCleanse) -> tupl
     corrected &= ~accepted & params.relabel
     predicted = opinions[used[0]][0]
     scores = contradiction(near, labels, params.filter)
-    verdict, evidence, target = stands_out(one_sided(labels, predicted, near.votes.shape[1]), "the excess of images that look like other classes")
+    verdict, evidence, target = stands_out(among_strangers(labels, predicted, near.votes.shape[1]), "the share of its label among the least similar images")
+    share = float(accepted.float().mean())
+    if verdict == "no_evidence" and share < TRUSTED:
+        # An encoder that knows little would find little.
+        verdict, evidence = "inconclusive", f"the encoder confirms only {share:.0%} of the labels, train it longer; {evidence}"
     split = Split(
         labels=torch.where(corrected, predicted, labels), kept=accepted | corrected, scores=scores, clean=accepted, suspect=~accepted,
         why=torch.full_like(labels, ("knn", "energy", "both").index(params.filter)), reasons=REASONS, verdict=verdict, evidence=evidence, target=target,
@@ -95,14 +101,18 @@ def contradiction(near: Neighbourhood, labels: torch.Tensor, by: str) -> torch.T
     return strength.max(1).values - own
 
 
-def one_sided(labels: torch.Tensor, predicted: torch.Tensor, classes: int) -> list[float]:
-    """Return for each class how many more of its images look like others than others' look like it, as a share of its images.
+def among_strangers(labels: torch.Tensor, predicted: torch.Tensor, classes: int) -> list[float]:
+    """Return for each label its share among the images that look like the classes it is hardly ever mistaken for (the tenth percentile over classes).
 
-    Classes that are alike are taken for each other in both directions; an attack moves images into its target only.
+    Classes that are alike share their labels in any set; a label among all kinds of images, however unlike, is an attack's.
+
+    Args:
+        labels: (N,), as given. predicted: (N,), what the embedding says.
     """
-    confusion = torch.zeros(classes, classes, dtype=torch.float64, device=labels.device)
-    confusion.view(-1).index_add_(0, labels * classes + predicted, torch.ones(len(labels), dtype=torch.float64, device=labels.device))
-    return [float(value) for value in (confusion.sum(1) - confusion.sum(0)) / confusion.sum(1)]
+    counts = torch.zeros(classes, classes, dtype=torch.float64, device=labels.device)
+    counts.view(-1).index_add_(0, labels * classes + predicted, torch.ones(len(labels), dtype=torch.float64, device=labels.device))
+    shares = (counts / counts.sum(0).clamp(min=1)).cpu().numpy()
+    return [float(np.quantile(np.delete(shares[label], label), 0.1)) for label in range(classes)]
 
 
 def _percentile(values: torch.Tensor, percent: float) -> float:
