@@ -22,7 +22,7 @@ from intake.dataset import ORDER, PARQUET, annotated
 from intake.refusal import Refusal
 
 Line = dict[str, Any]
-Add = Callable[[str, bytes], None]
+Add = Callable[[str, bytes | Iterator[bytes]], None]
 
 
 def rewrite(path: Path, folder: Path) -> dict[str, Any]:
@@ -62,7 +62,13 @@ def _writing(out: Path, suffix: str) -> Iterator[Add]:
     """Open an archive of a kind; equal contents become equal files."""
     if suffix in (".zip", ".npz"):
         with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as packed:
-            yield lambda name, data: packed.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
+
+            def pack(name: str, data: bytes | Iterator[bytes]) -> None:
+                with packed.open(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), "w", force_zip64=not isinstance(data, bytes)) as member:
+                    for piece in [data] if isinstance(data, bytes) else data:
+                        member.write(piece)
+
+            yield pack
         return
     with out.open("wb") as raw:
         if suffix == ".tar.gz":
@@ -75,7 +81,9 @@ def _writing(out: Path, suffix: str) -> Iterator[Add]:
             stream = raw
         with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as target:
 
-            def add(name: str, data: bytes) -> None:
+            def add(name: str, data: bytes | Iterator[bytes]) -> None:
+                # A tar's entry begins with its size.
+                data = data if isinstance(data, bytes) else b"".join(data)
                 entry = tarfile.TarInfo(name)
                 entry.size = len(data)
                 target.addfile(entry, io.BytesIO(data))
@@ -185,14 +193,24 @@ def _npz(members: dict[str, Member], described: dict[str, Any], lines: list[Line
     labels = np.array([line["label"] for line in lines])
     label = tables.label_key(members)
     for name, member in members.items():
-        array = tables.whole_array(member)
-        if array.ndim and len(array) == count:
-            array = (labels.astype(array.dtype) if name.removesuffix(".npy") == label else array)[rows]
-        out = io.BytesIO()
-        np.lib.format.write_array(out, np.ascontiguousarray(array), allow_pickle=False)
-        add(name, out.getvalue())
+        shape, dtype, blocks = tables.rows_of(member)
+        if name.removesuffix(".npy") == label:
+            add(name, tables.npy_header((int(rows.sum()),), dtype) + labels[rows].astype(dtype).tobytes())
+        elif shape and shape[0] == count:
+            add(name, _kept_rows(tables.npy_header((int(rows.sum()), *shape[1:]), dtype), blocks, rows))
+        else:
+            add(name, member.read())
     for place, line in enumerate(_kept(lines)):
         line["path"] = str(place)
+
+
+def _kept_rows(header: bytes, blocks: Iterator[np.ndarray], rows: np.ndarray) -> Iterator[bytes]:
+    """Yield an array's header and the kept rows of its blocks: images fill more memory than the fence allows."""
+    yield header
+    start = 0
+    for block in blocks:
+        yield block[rows[start : start + len(block)]].tobytes()
+        start += len(block)
 
 
 def _cifar(members: dict[str, Member], described: dict[str, Any], lines: list[Line], add: Add, folder: Path) -> None:

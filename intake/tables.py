@@ -84,6 +84,28 @@ def label_key(members: dict[str, Member]) -> str | None:
     return next((key for key in ("labels", "y", "Y", "targets", "arr_1") if f"{key}.npy" in members), None)
 
 
+def rows_of(member: Member) -> tuple[tuple[int, ...], np.dtype[Any], Iterator[np.ndarray]]:
+    """Return an .npy member's shape and dtype, and its rows in blocks.
+
+    Raises `Refusal`.
+    """
+    shape, dtype, stream = _header(member)
+    row = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+
+    def blocks() -> Iterator[np.ndarray]:
+        for piece in _exactly(stream, shape[0] * row, max(CHUNK // max(row, 1), 1) * row):
+            yield np.frombuffer(piece, dtype=dtype).reshape(-1, *shape[1:])
+
+    return shape, dtype, blocks()
+
+
+def npy_header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    """Return the header of an .npy file."""
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
+    return out.getvalue()
+
+
 def checked_labels(labels: np.ndarray) -> np.ndarray:
     """Return integer labels as little-endian int64; refuse negative and absurd ones."""
     if labels.min() < 0 or labels.max() >= MAX_CLASSES:
@@ -125,11 +147,6 @@ def _header(member: Member) -> tuple[tuple[int, ...], np.dtype[Any], Iterator[by
 def _small_array(member: Member, name: str) -> np.ndarray:
     if member.size > 64 << 20:
         raise Refusal("too_large", f"`{name}` has {member.size} bytes", "At most 64 MiB are taken.")
-    return whole_array(member)
-
-
-def whole_array(member: Member) -> np.ndarray:
-    """Return an .npy member as an array without objects, however large."""
     shape, dtype, stream = _header(member)
     return np.frombuffer(b"".join(stream), dtype=dtype).reshape(shape)
 
