@@ -34,7 +34,7 @@ import torch
 from benchmarks import pictures
 from core import catalog, datasets, evaluation, poisoning, report, victim, weights
 from core.activations import Observing
-from core.catalog import Inputs, Need
+from core.catalog import Inputs, Kind, Need
 from core.classifier import Classifier, Preprocessing
 from core.errors import EngineError
 from core.images import ImageSet
@@ -175,8 +175,10 @@ def one(cell: Cell, threads: int) -> None:
     train, test = data(cell.setting.dataset)
     model, made = trained(cell.setting, cell.attack, cell.seed)
     model = model.to(cell.setting.device)
-    triggered = poisoning.triggered(test, made.trigger, train.classes) if made else None
-    found: dict[str, Any] = {"before": evaluation.evaluate(model, test, triggered), "after": None, "counts": None}
+    splits = cell.defense is not None and catalog.defenses()[cell.defense["method"]].kind is Kind.CLEANSE
+    triggered = poisoning.triggered(test, made.trigger, train.classes) if made and not splits else None
+    # A cleanser changes no model: there is nothing to measure before and after.
+    found: dict[str, Any] = {"before": None if splits else evaluation.evaluate(model, test, triggered), "after": None, "counts": None}
     if made is not None:
         found["counts"] = made.counts(train.labels)
     if cell.defense is not None:
@@ -185,6 +187,12 @@ def one(cell: Cell, threads: int) -> None:
     found["seconds"] = round(time.monotonic() - started, 1)
     found["machine"] = machine()
     keep(cell.path, {"cell": asdict(cell), **found})
+    if splits:
+        print(
+            f"{cell.row} · {cell.column} · seed {cell.seed}: {found.get('split', found).get('evidence', found.get('refused'))}, {found['seconds']:.0f} s",
+            flush=True,
+        )
+        return
     shown = found.get("after") or found["before"]
     asr = f", ASR {shown['asr']['value']:.2%}" if "asr" in shown else ""
     print(f"{cell.row} · {cell.column} · seed {cell.seed}: BA {shown['ba']['value']:.2%}{asr}, {found['seconds']:.0f} s", flush=True)
