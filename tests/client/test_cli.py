@@ -11,9 +11,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from benchmarks import digits
 from client import Client, ConnectionFailed
+from core.attacks.badnets import BadNets
 from tests.conftest import Case
 from tests.stack import Stack, free_port
 
@@ -59,6 +62,32 @@ def test_a_session(service: Stack, case: Case, tmp_path: Path) -> None:
     assert run("-q", "jobs", "wait", again, code=4) == again
     run("jobs", "rm", job)
     assert "not_found" in unpoison(service, "jobs", "show", job, key=key).stderr
+
+
+def test_a_training_set_is_cleansed(service: Stack, case: Case, tmp_path: Path) -> None:
+    key = service.make_key()
+
+    def run(*arguments: str) -> str:
+        done = unpoison(service, *arguments, key=key)
+        assert done.returncode == 0, (arguments, done.stdout, done.stderr)
+        return done.stdout.strip()
+
+    poisoned = digits.poisoned(case.data.train, BadNets(method="badnets", target=5, sampling="S2"))
+    suspect = run("-q", "datasets", "upload", str(digits.npz(poisoned, tmp_path / "crowd.npz")))
+    clean = run("-q", "datasets", "upload", str(case.clean))
+    quick = ("-p", "architecture=wrn-10-1", "-p", "recipe=cpu", "-p", "training_epochs=20")
+    job = run("-q", "jobs", "submit", "--suspect", suspect, "--dataset", clean, "--method", "scan", *quick, "--wait")
+    said = run("report", job)
+    assert "1000 training images" in said and "poisoned" in said and "dropped" in said
+    manifest = tmp_path / "manifest.jsonl"
+    run("artifacts", "get", job, "--kind", "manifest", "-o", str(manifest))
+    kept = sum(json.loads(line)["action"] == "kept" for line in manifest.read_text().splitlines())
+    cleansed = json.loads(run("--json", "jobs", "show", job))["cleansed_dataset_id"]
+    run("datasets", "download", cleansed, "-o", str(tmp_path / "cleansed.npz"))
+    with np.load(tmp_path / "cleansed.npz") as found:
+        assert len(found["images"]) == kept < 1000
+    plan = run("--json", "jobs", "submit", "--suspect", suspect, "--method", "d_br", "-p", 'split={"method":"fct","epochs":3}', "--dry-run")
+    assert json.loads(plan)["request"]["defense"]["split"]["epochs"] == 3
 
 
 def test_errors_are_one_sentence_and_an_exit_code(api: Stack, tmp_path: Path) -> None:
