@@ -96,7 +96,7 @@ def intra_class(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     present, which = labels.unique(return_inverse=True)
     sums = torch.zeros(len(present), features.shape[1], device=features.device).index_add(0, which, features)
     centres = F.normalize(sums / which.bincount()[:, None], dim=1, eps=1e-8)
-    cosines = centres @ centres.T
+    cosines = _products(centres, centres)
     return (cosines.sum() - cosines.diagonal().sum()) / len(present) ** 2
 
 

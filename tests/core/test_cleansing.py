@@ -210,6 +210,8 @@ def test_similarities_are_exact_under_mixed_precision() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = losses.supervised_contrastive(views[:32], views[32:], alike, temperature=0.05)
         again = losses.info_nce(views[:32], views[32:], temperature=0.05)
+        centres = losses.intra_class(views, torch.arange(64) % 5)
+    assert float(centres) == float(losses.intra_class(views, torch.arange(64) % 5))
     assert float(found) == float(wanted) and float(again) == float(losses.info_nce(views[:32], views[32:], temperature=0.05))
 
 
