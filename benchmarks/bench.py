@@ -210,7 +210,7 @@ def defended(cell: Cell, model: Classifier, train: ImageSet, test: ImageSet, tri
     poison = poisoning.poison(train, made) if made is not None and Need.SUSPECT_DATASET in method.needs else None
     if Need.SUSPECT_DATASET in method.needs:
         # A cleanser that looks at activations would train the very model that is in the cache.
-        observing = issubclass(method.params, Observing)
+        observing = isinstance(getattr(params, "split", params), Observing)
         suspect = (poison.data if poison is not None else train).placed(run.device)
         inputs = Inputs(model=model if observing else None, clean=clean, suspect=suspect, preprocessing=cell.setting.normalisation())
     try:
