@@ -22,9 +22,9 @@ class SCAn(Observing):
     """Parameters."""
 
     method: Literal["scan"]
-    threshold: float = Field(default=math.e**2, gt=0, le=1000, title="Threshold", description="A class is contaminated above this anomaly index.")
+    threshold: float = Field(default=math.e**2, gt=0, le=1000, title="Threshold", description="A class is contaminated above this anomaly index …")
     margin: float = Field(
-        default=3.0, gt=1, le=1000, title="Margin", description="… or if its ratio is this many times the largest of clean images; 1000 is as published."
+        default=3.0, gt=1, le=1000, title="Margin", description="… or if its ratio is this many times the largest of clean images; 1000 is nearly as published."
     )
 
 
@@ -60,11 +60,9 @@ def run(run: Run, inputs: Inputs, params: SCAn) -> Outcome:
         groups[label] = foreign
         scores[own] = np.abs(mine) * np.where(foreign, 1, -1)
     indices = anomaly_index(np.asarray(ratios) / max(*ratios, 1e-12)).tolist()
-    # An attack on every class leaves no outlier; but clean images say what a ratio of clean images is.
-    most = params.margin * max(usual)
-    contaminated = [
-        label for label, index in enumerate(indices) if ratios[label] > most or (index > params.threshold and ratios[label] > float(np.median(ratios)))
-    ]
+    # Where all classes are alike the smallest difference is an outlier, and an attack on every class is none: clean images say what is usual.
+    most = max(usual)
+    contaminated = [label for label, index in enumerate(indices) if ratios[label] > (most if index > params.threshold else params.margin * most)]
     for label in contaminated:
         flagged[labels == label] = groups[label]
     evidence = (
