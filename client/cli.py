@@ -81,6 +81,7 @@ for _name, _group, _help in (
 
 Id = Annotated[str, typer.Argument(metavar="ID")]
 File = Annotated[Path, typer.Argument(exists=True, dir_okay=False)]
+Resize = Annotated[int | None, typer.Option(help="Only data sets: make every picture a square of this many pixels.")]
 
 
 @app.callback()
@@ -114,15 +115,15 @@ def doctor() -> None:
 
 def _uploads(group: typer.Typer, kind: str, columns: list[str]) -> None:
     @group.command("upload", help=f"Upload one of your {kind} and wait until it was read.")
-    def upload(file: File, name: Annotated[str | None, typer.Option(help="What to call it.")] = None) -> None:
+    def upload(file: File, name: Annotated[str | None, typer.Option(help="What to call it.")] = None, resize: Resize = None) -> None:
         with output.client() as client, _transfer(f"uploading {file.name}") as told:
-            found = getattr(client, kind).upload(file, name=name, progress=told)
+            found = getattr(client, kind).upload(file, name=name, resize=resize, progress=told)
         output.show(found, columns)
 
     @group.command("inspect", help="Say what a file is, or why it would be refused; nothing is stored.")
-    def inspect(file: File) -> None:
+    def inspect(file: File, resize: Resize = None) -> None:
         with output.client() as client, _transfer(f"sending {file.name}") as told:
-            found = getattr(client, kind).inspect(file, progress=told)
+            found = getattr(client, kind).inspect(file, resize=resize, progress=told)
         # The tensors' names fill pages; --json has them.
         output.show(found if output.as_json else {"sha256": found["sha256"], **{k: v for k, v in found["description"].items() if k != "tensors"}}, [])
 

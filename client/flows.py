@@ -62,13 +62,14 @@ def simple(method: str, path: str, **parts: Any) -> Flow:
     return answer.json
 
 
-def upload(kind: str, path: Path, *, name: str | None, progress: Progress | None, timeout: float) -> Flow:
+def upload(kind: str, path: Path, *, name: str | None, resize: int | None, progress: Progress | None, timeout: float) -> Flow:
     """Send a file, in parts if it is large, and wait until the service has read it; return the model or dataset."""
     params = {"filename": path.name, **({"name": name} if name else {})}
     if path.stat().st_size > PART:
-        found: Json = yield from in_parts(kind, path, params, progress)
+        found: Json = yield from in_parts(kind, path, params, resize, progress)
     else:
-        found = (yield Request("POST", f"/v1/{kind}", params=params, upload=path, progress=progress)).json
+        query = {**params, **({"resize": resize} if resize else {})}
+        found = (yield Request("POST", f"/v1/{kind}", params=query, upload=path, progress=progress)).json
     until = time.monotonic() + timeout
     while found["status"] == "received":
         if time.monotonic() > until:
@@ -78,7 +79,7 @@ def upload(kind: str, path: Path, *, name: str | None, progress: Progress | None
     return found
 
 
-def in_parts(kind: str, path: Path, params: Json, progress: Progress | None) -> Flow:
+def in_parts(kind: str, path: Path, params: Json, resize: int | None, progress: Progress | None) -> Flow:
     """Send a file part by part, going on where the service says after every break; return the model or dataset as it is then."""
     size = path.stat().st_size
     begun = (yield Request("POST", "/v1/uploads", json={"kind": kind.removesuffix("s"), "bytes": size, **params})).json
@@ -98,7 +99,7 @@ def in_parts(kind: str, path: Path, params: Json, progress: Progress | None) -> 
         arrived = int(answer.headers["upload-offset"])
         failures, lost, offset = 0 if arrived > offset else failures, False, arrived
     sha256 = file_digest(path)
-    return (yield Request("POST", f"{where}/complete", json={"sha256": sha256})).json
+    return (yield Request("POST", f"{where}/complete", json={"sha256": sha256, **({"resize": resize} if resize else {})})).json
 
 
 def wait(job_id: str, *, timeout: float | None, seen: Callable[[Json], None] | None) -> Flow:

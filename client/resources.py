@@ -42,16 +42,18 @@ class Uploads(Resource):
         super().__init__(transport)
         self._kind = kind
 
-    def upload(self, path: str | Path, *, name: str | None = None, progress: Progress | None = None, timeout: float = 3600.0) -> Result:
+    def upload(
+        self, path: str | Path, *, name: str | None = None, resize: int | None = None, progress: Progress | None = None, timeout: float = 3600.0
+    ) -> Result:
         """Upload a file and wait until it was read; `progress(sent, total)` in bytes.
 
-        Raises `Rejected` with the reason when it is refused.
+        `resize` makes every picture of a data set a square of that many pixels. Raises `Rejected` with the reason when it is refused.
         """
-        return self._transport.drive(flows.upload(self._kind, Path(path), name=name, progress=progress, timeout=timeout))
+        return self._transport.drive(flows.upload(self._kind, Path(path), name=name, resize=resize, progress=progress, timeout=timeout))
 
-    def inspect(self, path: str | Path, *, progress: Progress | None = None) -> Result:
+    def inspect(self, path: str | Path, *, resize: int | None = None, progress: Progress | None = None) -> Result:
         """Say what a file would be, or raise `Rejected` with the reason; nothing is stored."""
-        params = {"filename": Path(path).name, "validate_only": "true"}
+        params = {"filename": Path(path).name, "validate_only": "true", **({"resize": resize} if resize else {})}
         return self._call("POST", f"/v1/{self._kind}", params=params, upload=Path(path), progress=progress)
 
     def get(self, upload_id: str) -> Result:

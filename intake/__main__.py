@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("purpose", choices=("model", "dataset", "rewrite", "self-test"))
     parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("folder", type=Path, nargs="?", help="where the safetensors and JSON go")
+    parser.add_argument("--resize", type=int, help="make every picture of a data set a square of this many pixels")
     options = parser.parse_args(arguments)
     if options.purpose == "self-test":
         return _self_test()
@@ -45,15 +46,15 @@ def main(arguments: list[str]) -> int:
         cpu_seconds=CPU_SECONDS,
         file_bytes=16 << 30,
     )
-    verdict, code = _examine(options.purpose, options.file, options.folder)
+    verdict, code = _examine(options.purpose, options.file, options.folder, options.resize)
     print(json.dumps({**verdict, "fence": layers}))
     return code
 
 
-def _examine(purpose: str, file: Path, folder: Path) -> tuple[dict[str, Any], int]:
-    reader = {"model": checkpoint.take_in, "dataset": dataset.take_in, "rewrite": rewrite.rewrite}[purpose]
+def _examine(purpose: str, file: Path, folder: Path, side: int | None) -> tuple[dict[str, Any], int]:
+    readers = {"model": checkpoint.take_in, "dataset": lambda file, folder: dataset.take_in(file, folder, side), "rewrite": rewrite.rewrite}
     try:
-        return {"verdict": "ready", "description": reader(file, folder)}, 0
+        return {"verdict": "ready", "description": readers[purpose](file, folder)}, 0
     except Refusal as refusal:
         return {"verdict": "rejected", "code": refusal.code, "message": refusal.message, "advice": refusal.advice}, EXIT_REFUSED
     except (MemoryError, RecursionError) as error:

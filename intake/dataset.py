@@ -25,35 +25,38 @@ LAYOUTS = (
 )
 
 
-def take_in(path: Path, folder: Path) -> dict[str, Any]:
+def take_in(path: Path, folder: Path, side: int | None = None) -> dict[str, Any]:
     """Read the data set at `path`, write `folder/dataset.safetensors` and `folder/dataset.json`, return what it is.
+
+    With `side`, every picture becomes a square of that many pixels; see `pictures.decode`.
 
     Raises `Refusal`.
     """
     with path.open("rb") as file:
         if file.read(4) == PARQUET:
-            described = _parquet([path], folder)
+            described = _parquet([path], folder, side)
         else:
             file.seek(0)
             members = archive.members(file, path.stat().st_size, folder)
             if members is None:
                 raise Refusal("unsupported_format", "the file is neither a zip archive nor .npz, nor another layout of a data set", LAYOUTS)
-            described = _of_archive(members, folder)
+            described = _of_archive(members, folder, side)
     (folder / "dataset.json").write_text(json.dumps(described))
     return {name: value for name, value in described.items() if name != "names"}
 
 
-def _of_archive(members: dict[str, Member], folder: Path) -> dict[str, Any]:
+def _of_archive(members: dict[str, Member], folder: Path, side: int | None) -> dict[str, Any]:
     """Tell the layout from the members' names and read it."""
     if not members:
         raise Refusal("dataset_invalid", "the archive is empty", "Put one folder a class into it, with images inside.")
-    if all(name.endswith(".npy") for name in members):
-        return _npz(members, folder)
-    if tables.is_cifar(members):
-        return _cifar(members, folder)
+    arrays = _npz if all(name.endswith(".npy") for name in members) else _cifar if tables.is_cifar(members) else None
+    if arrays is not None:
+        if side is not None:
+            raise Refusal("dataset_invalid", "arrays are not resized, only pictures are", "Leave `resize` out, or upload pictures.")
+        return arrays(members, folder)
     shards = sorted(name for name in members if name.endswith(".parquet"))
     if shards:
-        return _parquet_shards([members[name] for name in shards], folder)
+        return _parquet_shards([members[name] for name in shards], folder, side)
     images = sorted(name for name in members if pictures.is_picture(name))
     if not images:
         inner = next((name for name in sorted(members) if name.lower().endswith(NESTED)), None)
@@ -91,7 +94,7 @@ def _of_archive(members: dict[str, Member], folder: Path) -> dict[str, Any]:
     given = _listed(order) if order is not None else []
     unused = sorted(set(members) - set(kept) - set(csv_files) - set(notes.values()) - ({order.name} if order else set()))
     rows = ((name, members[name].read, label) for name, label in zip(kept, labels, strict=True))
-    return _collect(layout, rows, folder, given) | {"ignored": unused[:20]}
+    return _collect(layout, rows, folder, given, side) | {"ignored": unused[:20]}
 
 
 def annotated(members: dict[str, Member]) -> dict[str, str]:
@@ -158,7 +161,7 @@ def _numbered(labels: list[Any], given: list[str]) -> tuple[list[int] | None, li
     return [index[name] for name in names], classes
 
 
-def _collect(layout: str, rows: Iterable[tuple[str, Callable[[], bytes], Any]], folder: Path, given: list[str]) -> dict[str, Any]:
+def _collect(layout: str, rows: Iterable[tuple[str, Callable[[], bytes], Any]], folder: Path, given: list[str], side: int | None) -> dict[str, Any]:
     """Decode pictures one by one into the tensor file; unreadable ones are listed, equal ones counted."""
     writer = Writer(folder, pictures=True)
     names: list[str] = []
@@ -170,7 +173,7 @@ def _collect(layout: str, rows: Iterable[tuple[str, Callable[[], bytes], Any]], 
     for position, (name, read, label) in enumerate(rows):
         found.append(label)
         try:
-            array = pictures.decode(read())
+            array = pictures.decode(read(), side)
         except pictures.UNREADABLE as error:
             unreadable.append({"name": name, "position": position, "reason": printable(str(error))[:200]})
             continue
@@ -179,7 +182,7 @@ def _collect(layout: str, rows: Iterable[tuple[str, Callable[[], bytes], Any]], 
             raise Refusal(
                 "dataset_invalid",
                 f"the images differ in size: {' and '.join(f'{h}x{w}' for h, w in sizes)} (at {name!r})",
-                "Resize all images to the model's input size.",
+                "Upload it with `resize` and the model's input size (the middle square of each, scaled), or resize the images yourself.",
             )
         writer.add(array)
         names.append(name)
@@ -201,7 +204,7 @@ def _collect(layout: str, rows: Iterable[tuple[str, Callable[[], bytes], Any]], 
     else:
         numbers, classes = _numbered(labels, given)
     shape = writer.finish(None if numbers is None else np.asarray(numbers, dtype="<i8"))
-    return _describe(layout, shape, numbers, classes, names, writer) | {"unreadable": unreadable}
+    return _describe(layout, shape, numbers, classes, names, writer) | {"unreadable": unreadable, "resized": side}
 
 
 def _npz(members: dict[str, Member], folder: Path) -> dict[str, Any]:
@@ -221,7 +224,7 @@ def _cifar(members: dict[str, Member], folder: Path) -> dict[str, Any]:
     return _describe("cifar", writer.finish(labels), labels.tolist(), classes, names, writer) | {"ignored": unused}
 
 
-def _parquet_shards(members: list[Member], folder: Path) -> dict[str, Any]:
+def _parquet_shards(members: list[Member], folder: Path, side: int | None) -> dict[str, Any]:
     """Read the shards of an archive in the order of their names; each is laid out on disk, where Arrow can map it."""
     paths = []
     for number, member in enumerate(members):
@@ -230,13 +233,13 @@ def _parquet_shards(members: list[Member], folder: Path) -> dict[str, Any]:
             out.writelines(member.pieces())
         paths.append(path)
     try:
-        return _parquet(paths, folder)
+        return _parquet(paths, folder, side)
     finally:
         for path in paths:
             path.unlink()
 
 
-def _parquet(paths: list[Path], folder: Path) -> dict[str, Any]:
+def _parquet(paths: list[Path], folder: Path, side: int | None) -> dict[str, Any]:
     shards = [tables.parquet(path) for path in paths]
     given = shards[0][0]
     if any(names != given for names, _ in shards):
@@ -247,7 +250,7 @@ def _parquet(paths: list[Path], folder: Path) -> dict[str, Any]:
             for name, data, label in shard:
                 yield name, lambda data=data: data, label  # type: ignore[misc]
 
-    return _collect("parquet", rows(), folder, given)
+    return _collect("parquet", rows(), folder, given, side)
 
 
 def _describe(layout: str, shape: tuple[int, ...], labels: list[int] | None, classes: list[str], names: list[str], writer: Writer) -> dict[str, Any]:
@@ -264,6 +267,7 @@ def _describe(layout: str, shape: tuple[int, ...], labels: list[int] | None, cla
         "per_class": [counts.get(label, 0) for label in range(total)] if labels is not None else [],
         "names": names,
         "unreadable": [],
+        "resized": None,
         "ignored": [],
         "duplicates": {"count": len(writer.duplicates), "first": [[names[index] if names else index for index in pair] for pair in writer.duplicates[:20]]},
     }

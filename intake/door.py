@@ -29,12 +29,12 @@ class Verdict:
     fence: tuple[str, ...] = ()
 
 
-def examine(purpose: str, file: Path, folder: Path, *, timeout_seconds: float = 1800.0) -> Verdict:
+def examine(purpose: str, file: Path, folder: Path, *, resize: int | None = None, timeout_seconds: float = 1800.0) -> Verdict:
     """Read `file` as a `model` or `dataset` into `folder`, in a child without secrets; wait for the verdict.
 
     With `rewrite`, write the data set again as the folder's manifest says; see `intake.rewrite`.
     """
-    command = [sys.executable, "-m", "intake", purpose, str(file), str(folder)]
+    command = [sys.executable, "-m", "intake", purpose, str(file), str(folder), *(["--resize", str(resize)] if resize is not None else [])]
     try:
         done = subprocess.run(command, capture_output=True, timeout=timeout_seconds, check=False, env=_environment(), stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:

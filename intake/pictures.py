@@ -26,8 +26,11 @@ def is_picture(name: str) -> bool:
     return "." + name.rsplit(".", 1)[-1].lower() in ENDINGS
 
 
-def decode(data: bytes) -> np.ndarray:
-    """Return an image as (H, W, 3) uint8, upright; raises one of `UNREADABLE`."""
+def decode(data: bytes, side: int | None = None) -> np.ndarray:
+    """Return an image as (H, W, 3) uint8, upright; raises one of `UNREADABLE`.
+
+    With `side`, its shorter side is scaled to that (bilinear, antialiased), and the middle square is what is left.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -38,7 +41,8 @@ def decode(data: bytes) -> np.ndarray:
                     raise ValueError("no pixels")
                 # Looking for an orientation costs as much as decoding a small picture; most say nothing of one.
                 turned = image.format in ("JPEG", "TIFF", "MPO") or b"eXIf" in data or b"EXIF" in data
-                return np.asarray((ImageOps.exif_transpose(image) if turned else image).convert("RGB"))
+                upright = (ImageOps.exif_transpose(image) if turned else image).convert("RGB")
+                return np.asarray(upright if side is None else ImageOps.fit(upright, (side, side), Image.Resampling.BILINEAR))
         except Image.DecompressionBombWarning as bomb:
             raise ValueError(str(bomb)) from bomb
         except UnidentifiedImageError as error:

@@ -37,21 +37,21 @@ class Reader:
         """How long a reader may own an upload, seconds."""
         return self._settings.intake_seconds + 60
 
-    async def read(self, table: type[Model] | type[Dataset], row_id: str, sha256: str) -> None:
+    async def read(self, table: type[Model] | type[Dataset], row_id: str, sha256: str, resize: int | None = None) -> None:
         """Start reading; return when it is done or the setting's wait is over, whichever is first."""
-        task = asyncio.create_task(self._read(table, row_id, sha256))
+        task = asyncio.create_task(self._read(table, row_id, sha256, resize))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         await asyncio.wait({task}, timeout=self._settings.intake_wait_seconds)
 
-    async def preview(self, table: type[Model] | type[Dataset], file: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    async def preview(self, table: type[Model] | type[Dataset], file: Path, resize: int | None = None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """Read a file that is kept nowhere; return what was understood, or the refusal, as the stored upload would have them."""
 
         def act() -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
             out = file.with_name(f"{uuid.uuid4().hex}.preview")
             out.mkdir()
             try:
-                return self._understand(table, file, out)
+                return self._understand(table, file, out, resize)
             finally:
                 shutil.rmtree(out, ignore_errors=True)
 
@@ -64,7 +64,7 @@ class Reader:
             try:
                 for table in (Model, Dataset):
                     for row in await asyncio.to_thread(self._abandoned, table):
-                        await self._read(table, row.id, row.sha256)
+                        await self._read(table, row.id, row.sha256, getattr(row, "resize", None))
                 # Longer than the longest reading of an upload, which keeps a folder there.
                 await asyncio.to_thread(self._objects.forget_incoming, self._settings.scratch, older_than_seconds=self.patience + 3600)
             except (StoreError, OSError) as error:
@@ -76,15 +76,15 @@ class Reader:
             found: list[Any] = library.abandoned(session, table, reading_seconds=self.patience)
         return found
 
-    async def _read(self, table: type[Model] | type[Dataset], row_id: str, sha256: str) -> None:
+    async def _read(self, table: type[Model] | type[Dataset], row_id: str, sha256: str, resize: int | None) -> None:
         try:
             async with self._slots:
-                await asyncio.to_thread(self._examine, table, row_id, sha256)
+                await asyncio.to_thread(self._examine, table, row_id, sha256, resize)
         except (StoreError, OSError) as error:
             # The row stays `received`; whoever looks for abandoned uploads takes it up again.
             logger.warning("cannot read upload %s now: %s", row_id, error)
 
-    def _examine(self, table: type[Model] | type[Dataset], row_id: str, sha256: str) -> None:
+    def _examine(self, table: type[Model] | type[Dataset], row_id: str, sha256: str, resize: int | None) -> None:
         folder = self._objects.incoming(self._settings.scratch) / uuid.uuid4().hex
         out = folder / "out"
         out.mkdir(parents=True)
@@ -93,7 +93,7 @@ class Reader:
             if file is None:
                 file = folder / "file"
                 self._objects.fetch(sha256, file)
-            description, refusal = self._understand(table, file, out)
+            description, refusal = self._understand(table, file, out, resize)
             if refusal is not None:
                 self._settle(table, row_id, refusal=refusal)
                 return
@@ -103,9 +103,9 @@ class Reader:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _understand(self, table: type[Model] | type[Dataset], file: Path, out: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    def _understand(self, table: type[Model] | type[Dataset], file: Path, out: Path, resize: int | None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """Have the fenced reader write a file's safe form into `out`; return its description, or why it was refused."""
-        verdict = door.examine(table.__tablename__, file, out, timeout_seconds=self._settings.intake_seconds)
+        verdict = door.examine(table.__tablename__, file, out, resize=resize, timeout_seconds=self._settings.intake_seconds)
         if not verdict.ready:
             return None, {"code": verdict.code, "message": verdict.message, "advice": verdict.advice}
         description = {**verdict.description, "fence": list(verdict.fence)}

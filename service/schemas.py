@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
+from fastapi import Query
 from pydantic import BaseModel, Field, PlainSerializer, StringConstraints
 
 from core import catalog
@@ -28,6 +29,10 @@ Metadata = Annotated[
     Field(max_length=16, json_schema_extra={"additionalProperties": False}),
 ]
 Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z]{2,5}_[0-9a-z]{26}$")]
+
+
+RESIZE = "Make every picture of a data set a square of this many pixels: the shorter side is scaled to it, the middle is kept."
+Resize = Annotated[int | None, Query(ge=8, le=1024, description=RESIZE)]
 
 
 class Incoming(catalog.Strict):
@@ -96,11 +101,12 @@ class Dataset(Upload):
 
     object: Literal["dataset"] = "dataset"
     origin_job_id: str | None
+    resize: int | None
 
     @classmethod
     def of(cls, row: tables.Dataset) -> Dataset:
         """Return the JSON form of a row."""
-        return cls(**_upload(row), origin_job_id=row.origin_job_id)
+        return cls(**_upload(row), origin_job_id=row.origin_job_id, resize=row.resize)
 
 
 def _upload(row: tables.Model | tables.Dataset) -> dict[str, Any]:
@@ -155,6 +161,7 @@ class Completion(Incoming):
     """What the parts must add up to."""
 
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] = Field(description="Of the whole file, in hex.")
+    resize: int | None = Field(default=None, ge=8, le=1024, description=RESIZE)
 
 
 class Transfer(BaseModel):

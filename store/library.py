@@ -19,13 +19,23 @@ PREFIX = {Model: "mdl", Dataset: "dset"}
 
 
 def add(
-    session: Session, table: type[Row], *, tenant: str, name: str, filename: str, sha256: str, size: int, labels: dict[str, str], reading_seconds: float
+    session: Session,
+    table: type[Row],
+    *,
+    tenant: str,
+    name: str,
+    filename: str,
+    sha256: str,
+    size: int,
+    labels: dict[str, str],
+    reading_seconds: float,
+    resize: int | None = None,
 ) -> Row:
-    """Insert an upload that waits to be read; whoever adds it has `reading_seconds` to do so."""
+    """Insert an upload that waits to be read; whoever adds it has `reading_seconds` to do so. Only data sets are resized."""
     moment: float = session.scalar(sa.select(now()))  # type: ignore[assignment]
     row = table(
         id=ids.new(PREFIX[table]), tenant=tenant, name=name, filename=filename, status=RECEIVED, bytes=size, sha256=sha256,
-        labels=labels, created_at=moment, reading_until=moment + reading_seconds,
+        labels=labels, created_at=moment, reading_until=moment + reading_seconds, **({"resize": resize} if resize is not None else {}),
     )  # fmt: skip
     session.add(row)
     session.flush()

@@ -78,9 +78,14 @@ class Model(Upload, Table):
 
 
 class Dataset(Upload, Table):
-    """An uploaded or cleansed data set."""
+    """An uploaded or cleansed data set.
+
+    Attributes:
+        resize: the side of the squares that its pictures are made when they are read; None takes them as they are.
+    """
 
     __tablename__ = "dataset"
+    resize: Mapped[int | None] = mapped_column(Integer)
     origin_job_id: Mapped[str | None] = mapped_column(Id)
     __table_args__ = (Index("ix_dataset_tenant", "tenant", "created_at", "id"),)
 

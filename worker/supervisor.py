@@ -371,9 +371,11 @@ class _Attempt:
     def _dataset(self, path: Path, moment: float) -> Dataset:
         """Return the row of the cleansed data set; it is read like any upload before it is ready."""
         sha256, size = self._keep(path)
+        with self._database.read() as session:
+            suspect = library.get(session, Dataset, self._job.suspect_dataset_id or "", self._job.tenant)
         return Dataset(
             id=ids.new(library.PREFIX[Dataset]), tenant=self._job.tenant, name=self._named(), filename=path.name, status=library.RECEIVED, bytes=size, sha256=sha256,
-            labels={}, created_at=moment, reading_until=moment, origin_job_id=self._job.id,
+            labels={}, created_at=moment, reading_until=moment, origin_job_id=self._job.id, resize=suspect.resize,
         )  # fmt: skip
 
     def _named(self) -> str:

@@ -1,4 +1,4 @@
-"""Jobs on training sets, with or without a model, and the data sets they make.
+"""Jobs on training sets, with or without a model, the data sets they make, and pictures that are resized when they are read.
 
 Revision ID: 0005
 Revises: 0004
@@ -16,6 +16,7 @@ depends_on = None
 def upgrade() -> None:
     with op.batch_alter_table("dataset", schema=None) as batch_op:
         batch_op.add_column(sa.Column("origin_job_id", sa.String(length=40), nullable=True))
+        batch_op.add_column(sa.Column("resize", sa.Integer(), nullable=True))
     with op.batch_alter_table("job", schema=None) as batch_op:
         batch_op.alter_column("model_id", existing_type=sa.String(length=40), nullable=True)
         batch_op.add_column(sa.Column("suspect_dataset_id", sa.String(length=40), nullable=True))
@@ -31,4 +32,5 @@ def downgrade() -> None:
         batch_op.drop_column("suspect_dataset_id")
         batch_op.alter_column("model_id", existing_type=sa.String(length=40), nullable=False)
     with op.batch_alter_table("dataset", schema=None) as batch_op:
+        batch_op.drop_column("resize")
         batch_op.drop_column("origin_job_id")

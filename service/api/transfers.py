@@ -87,6 +87,8 @@ async def complete(upload_id: str, body: schemas.Completion, response: Response,
     table, shape = KINDS[row.kind]
     if row.result_id is not None:
         return await asyncio.to_thread(_result, opened, caller, row)
+    if body.resize is not None and table is Model:
+        raise Problem("invalid_parameters", "Only pictures are resized. Leave `resize` out for a model.")
     started = time.perf_counter()
     received = await asyncio.to_thread(_join, opened, caller, upload_id)
     if received.sha256 != body.sha256:
@@ -94,7 +96,7 @@ async def complete(upload_id: str, body: schemas.Completion, response: Response,
         await asyncio.to_thread(delete, upload_id, opened, caller)
         raise Problem("digest_mismatch", f"The parts add up to the sha-256 {received.sha256}, not to {body.sha256}; send the file again.")
     try:
-        found = await admit(opened, caller, table, shape, response, received, row.name, started)
+        found = await admit(opened, caller, table, shape, response, received, row.name, started, body.resize)
     except Problem:
         # The reader refused it: no more bytes can make it right, and as long as it is there it counts against the quota.
         await asyncio.to_thread(delete, upload_id, opened, caller)

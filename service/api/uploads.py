@@ -57,6 +57,7 @@ def routes(table: type[Model] | type[Dataset], shape: Any) -> APIRouter:
         name: Annotated[schemas.NoNul, Query(description="What to call it.")] = "",
         filename: Annotated[schemas.NoNul, Query(description="The file's name, for giving it back.")] = "",
         validate_only: Annotated[bool, Query(description="Only say what the file is (200, a preview) or why it would be refused; store nothing.")] = False,
+        resize: schemas.Resize = None,
     ) -> Any:
         announced = request.headers.get("content-length", "")
         await asyncio.to_thread(_allowed, opened, caller, int(announced) if announced.isdigit() else 0)
@@ -70,9 +71,12 @@ def routes(table: type[Model] | type[Dataset], shape: Any) -> APIRouter:
             received.path.unlink(missing_ok=True)
             raise
         received.filename = basename(filename or received.filename) or word
+        if resize is not None and table is Model:
+            received.path.unlink(missing_ok=True)
+            raise Problem("invalid_parameters", "Only pictures are resized. Leave `resize` out for a model.")
         if validate_only:
-            return await preview(opened, table, response, received)
-        return await admit(opened, caller, table, shape, response, received, name or received.fields.get("name", ""), started)
+            return await preview(opened, table, response, received, resize)
+        return await admit(opened, caller, table, shape, response, received, name or received.fields.get("name", ""), started, resize)
 
     @router.get("", response_model=schemas.Page[shape], responses=documented("not_found"), operation_id=f"list_{word}s", summary=f"List {word}s")
     def listing(request: Request, response: Response, opened: Opened, caller: Reading, limit: Limit = 20, after: After = None, order: Order = "desc") -> Any:
@@ -107,10 +111,10 @@ def routes(table: type[Model] | type[Dataset], shape: Any) -> APIRouter:
     return router
 
 
-async def preview(opened: Context, table: Any, response: Response, received: Received) -> Any:
+async def preview(opened: Context, table: Any, response: Response, received: Received, resize: int | None) -> Any:
     """Have a received file read and forget it; raises `Problem` with the reader's refusal."""
     try:
-        description, refusal = await opened.reader.preview(table, received.path)
+        description, refusal = await opened.reader.preview(table, received.path, resize)
     finally:
         received.path.unlink(missing_ok=True)
     if refusal is not None:
@@ -125,12 +129,14 @@ def _refused(refusal: dict[str, Any], **headers: str) -> Problem:
     return Problem(code, f"{refusal['message']}. {refusal['advice']}", headers=headers)
 
 
-async def admit(opened: Context, caller: Caller, table: Any, shape: Any, response: Response, received: Received, name: str, started: float) -> Any:
+async def admit(
+    opened: Context, caller: Caller, table: Any, shape: Any, response: Response, received: Received, name: str, started: float, resize: int | None
+) -> Any:
     """Store a received file, have it read, and answer with the model or dataset; raises `Problem` with the reader's refusal."""
     word = table.__tablename__
-    row = await asyncio.to_thread(_keep, opened, caller, table, received, name or received.filename)
+    row = await asyncio.to_thread(_keep, opened, caller, table, received, name or received.filename, resize)
     stored = time.perf_counter()
-    await opened.reader.read(table, row.id, row.sha256)
+    await opened.reader.read(table, row.id, row.sha256, resize)
     row = await asyncio.to_thread(_get, opened, caller, table, row.id)
     if row.status == library.REJECTED:
         raise _refused(row.refusal or {}, Location=f"/v1/{word}s/{row.id}")
@@ -150,13 +156,13 @@ def store_bytes(opened: Context, received: Received) -> None:
         received.path.unlink(missing_ok=True)
 
 
-def _keep(opened: Context, caller: Caller, table: Any, received: Received, name: str) -> Any:
+def _keep(opened: Context, caller: Caller, table: Any, received: Received, name: str, resize: int | None) -> Any:
     """Store the bytes, then the row."""
     store_bytes(opened, received)
     with opened.database.write() as session:
         return library.add(
             session, table, tenant=caller.tenant, name=_printable(name)[:200], filename=received.filename, sha256=received.sha256,
-            size=received.bytes, labels={}, reading_seconds=opened.reader.patience,
+            size=received.bytes, labels={}, reading_seconds=opened.reader.patience, resize=resize,
         )  # fmt: skip
 
 

@@ -170,6 +170,26 @@ def test_a_training_set_that_cannot_be_judged_is_refused_at_once(
         assert refused.value.code == code and words in str(refused.value)
 
 
+def test_pictures_of_all_sizes_are_taken_with_resize(service: Stack, case: Case, tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as out:
+        for index in range(20):
+            picture = io.BytesIO()
+            Image.new("L", (16 + index, 20), index * 10).save(picture, "PNG")
+            out.writestr(f"{index % 2}/{index}.png", picture.getvalue())
+    with service.client() as client:
+        assert client.datasets.inspect(path, resize=16)["description"]["height"] == 16
+        with pytest.raises(Rejected, match="differ in size"):
+            client.datasets.upload(path)
+        found = client.datasets.upload(path, resize=16)
+        assert found["resize"] == 16 and found["description"]["width"] == 16 and found["status"] == "ready"
+        with pytest.raises(ApiError, match="Only pictures are resized"):
+            client.models.upload(case.model, resize=16)
+        # The upload itself is as it was sent.
+        client.datasets.download(found["id"], tmp_path / "back.zip")
+        assert (tmp_path / "back.zip").read_bytes() == path.read_bytes()
+
+
 def test_mixed_sizes_duplicate_names_and_labels_that_do_not_match_are_refused_when_they_arrive(api: Stack, tmp_path: Path) -> None:
     def png(side: int) -> bytes:
         out = io.BytesIO()

@@ -406,3 +406,21 @@ def test_every_mode_of_picture_is_read(tmp_path: Path, mode: str) -> None:
     image.save(out, "TIFF" if mode == "CMYK" else "PNG")
     _, found = take(archive(tmp_path / "x.zip", {"a/1.png": out.getvalue()}), tmp_path)
     assert found.images.shape[2:] == (8, 9)
+
+
+def test_pictures_of_all_sizes_become_squares_on_request(tmp_path: Path) -> None:
+    tall, wide = (RNG.integers(0, 256, shape, dtype=np.uint8) for shape in ((40, 20, 3), (24, 48, 3)))
+    upload = archive(tmp_path / "x.zip", {"a/1.png": picture(pixels=tall), "b/1.png": picture(pixels=wide)})
+    with pytest.raises(Refusal, match="differ in size") as refused:
+        take(upload, tmp_path)
+    assert "`resize`" in refused.value.advice
+    verdict = door.examine("dataset", upload, tmp_path / "out", resize=16)
+    assert verdict.ready and verdict.description["resized"] == 16
+    found = ImageSet.load(tmp_path / "out").images.permute(0, 2, 3, 1).numpy()
+    # The middle square, scaled.
+    for index, square in enumerate((tall[10:30], wide[:, 12:36])):
+        wanted = np.asarray(Image.fromarray(square).resize((16, 16), Image.Resampling.BILINEAR))
+        # At the border the filter also reads what lies just outside the square.
+        assert np.abs(found[index].astype(int) - wanted)[1:-1, 1:-1].max() <= 1
+    with pytest.raises(Refusal, match="arrays are not resized"):
+        dataset.take_in(npz(tmp_path / "x.npz", images=np.stack(PIXELS), labels=np.array([0, 0, 1, 1])), tmp_path / "out", 16)
