@@ -128,7 +128,8 @@ def main() -> int:
 
 def planned(table: dict[str, Any], setting: Setting, seeds: int) -> Iterator[Cell]:
     """Yield the cells of a table; attacks that need a surrogate come last, when it has been trained."""
-    columns = [{"name": PLAIN}, *table.get("columns", [])]
+    # A table of splits is about training sets; its victims say nothing there.
+    columns = [*([{"name": PLAIN}] if table.get("of") != "splits" else []), *table.get("columns", [])]
 
     def needs_surrogate(row: dict[str, Any]) -> bool:
         return "attack" in row and Need.MODEL in catalog.attacks()[row["attack"]["method"]].needs

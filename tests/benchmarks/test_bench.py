@@ -85,8 +85,8 @@ def test_a_table_of_cleansers_counts_what_they_find(setting: bench.Setting, tmp_
         "rows": [{"name": "none"}, {"name": "Grid", "attack": {"method": "badnets", "target": 1}}],
     }
     cells = list(bench.planned(table, setting, 1))
-    bench.measure([cell for cell in cells if cell.defense is not None], 1)
-    assert bench.write("splits", "cpu", table, setting, cells) == 2
+    bench.measure(cells, 1)
+    assert bench.write("splits", "cpu", table, setting, cells) == 0
     found = [cell for cell in json.loads((tmp_path / "results" / "splits.json").read_text())["cells"] if cell["cell"]["column"] == "SS"]
     clean, grid = (next(cell["split"] for cell in found if cell["cell"]["row"] == name) for name in ("none", "Grid"))
     assert clean["poison_recall"]["value"] is None and clean["clean_flagged"]["n"] == 200
