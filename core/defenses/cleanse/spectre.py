@@ -46,9 +46,9 @@ def run(run: Run, inputs: Inputs, params: Spectre) -> Outcome:
         used.append(dimensions)
     verdict, evidence, stands = observed(features, labels, suspect.classes)
     # The published rule takes the largest value, whether it stands out or not.
-    found = params.target if params.target is not None else stands
-    flagged = highest(scores, labels == (found if found is not None else int(np.argmax(values))), params.rate)
-    split = of_flags(labels, scores, flagged, REASON, verdict=verdict, evidence=evidence, target=found)
+    likely = params.target if params.target is not None else stands
+    flagged = highest(scores, labels == (likely if likely is not None else int(np.argmax(values))), params.rate)
+    split = of_flags(labels, scores, flagged, REASON, verdict=verdict, evidence=evidence, target=likely)
     return Outcome(split=split, embedding=features, findings={"values": values, "dimensions": used})
 
 
