@@ -78,24 +78,7 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
     Raises `EngineError` for everything a user can do something about, `Cancelled` when told to stop.
     """
     started = time.monotonic()
-    method = catalog.defenses().get(str(spec.defense.get("method")))
-    if method is None:
-        raise BadJob(f"there is no method {spec.defense.get('method')!r}", f"Methods: {', '.join(catalog.defenses())}.")
-    try:
-        params = catalog.validate({method.name: method}, spec.defense)
-        attack = catalog.validate(catalog.attacks(), spec.evaluation.attack) if spec.evaluation and spec.evaluation.attack else None
-    except ValidationError as error:
-        raise BadJob(f"the parameters cannot be used: {error}", f"See docs/methods/{method.name}.md.") from error
-    assert attack is None or isinstance(attack, AttackParams)
-    for need, given, what in (
-        (Need.MODEL, spec.model, "a model"),
-        (Need.SUSPECT_DATASET, spec.suspect, "a training set to judge"),
-        (Need.CLEAN_IMAGES, spec.clean, "clean images"),
-        (Need.TEST_SET, spec.evaluation, "a labelled test set"),
-    ):
-        if given is None and need in catalog.needs(method, params):
-            raise BadJob(f"{method.name} needs {what}", f"See docs/methods/{method.name}.md for what to give.")
-
+    method, params, attack = _checked(spec)
     run.phase("loading")
     loaded = _load(run, spec, folder, purifying=method.kind is Kind.PURIFY)
     model, test = loaded.model, loaded.test
@@ -201,6 +184,28 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
         features = page.plane(run, {title: one for title, one in shown.items() if one is not None}, test, triggered)
     page.write(run, summary, pictures, features, page.gallery(run, outcome, inputs) if outcome.split is not None else None)
     return summary
+
+
+def _checked(spec: JobSpec) -> tuple[catalog.Method, catalog.Params, AttackParams | None]:
+    """Return the method, its parameters and the declared attack; raises `BadJob` when they are wrong or an input is missing."""
+    method = catalog.defenses().get(str(spec.defense.get("method")))
+    if method is None:
+        raise BadJob(f"there is no method {spec.defense.get('method')!r}", f"Methods: {', '.join(catalog.defenses())}.")
+    try:
+        params = catalog.validate({method.name: method}, spec.defense)
+        attack = catalog.validate(catalog.attacks(), spec.evaluation.attack) if spec.evaluation and spec.evaluation.attack else None
+    except ValidationError as error:
+        raise BadJob(f"the parameters cannot be used: {error}", f"See docs/methods/{method.name}.md.") from error
+    assert attack is None or isinstance(attack, AttackParams)
+    for need, given, what in (
+        (Need.MODEL, spec.model, "a model"),
+        (Need.SUSPECT_DATASET, spec.suspect, "a training set to judge"),
+        (Need.CLEAN_IMAGES, spec.clean, "clean images"),
+        (Need.TEST_SET, spec.evaluation, "a labelled test set"),
+    ):
+        if given is None and need in catalog.needs(method, params):
+            raise BadJob(f"{method.name} needs {what}", f"See docs/methods/{method.name}.md for what to give.")
+    return method, params, attack
 
 
 @dataclass(frozen=True)
