@@ -178,6 +178,13 @@ def show_method(name: Annotated[str, typer.Argument()]) -> None:
     Console().print(table)
 
 
+@methods.command("propose")
+def propose(have: Annotated[list[str], typer.Argument(metavar="HAVE...", help="model, clean_images, clean_labels, suspect_dataset: what you have.")]) -> None:
+    """Say which methods to start with, and why."""
+    with output.client() as client:
+        output.show(client.methods.propose(*have), ["kind", "defense", "why"])
+
+
 # -- jobs ----------------------------------------------------------------------------------------------------------
 
 

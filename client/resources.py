@@ -84,6 +84,10 @@ class Methods(Resource):
         """Return one method with the schema of its parameters."""
         return self._call("GET", f"/v1/methods/{name}")
 
+    def propose(self, *have: str) -> Result:
+        """Return the jobs worth trying with what there is: model, clean_images, clean_labels, suspect_dataset."""
+        return self._transport.drive(flows.pages("/v1/proposals", {"have": list(have)}))
+
 
 class Jobs(Resource):
     """Jobs."""

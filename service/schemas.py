@@ -200,6 +200,16 @@ class Method(BaseModel):
     defaults: dict[str, Any]
 
 
+class Proposal(BaseModel):
+    """A job worth trying."""
+
+    object: Literal["proposal"] = "proposal"
+    kind: Literal["inspect", "purify", "cleanse", "train"]
+    defense: dict[str, Any] = Field(description="What to send as `defense`.")
+    needs: list[str]
+    why: str
+
+
 class Triggered(Incoming):
     """Images that already carry the trigger."""
 

@@ -41,6 +41,7 @@ def test_a_session(service: Stack, case: Case, tmp_path: Path) -> None:
     clean = run("-q", "datasets", "upload", str(case.clean))
     test = run("-q", "datasets", "upload", str(case.test))
     assert "suspect" in run("models", "ls") and json.loads(run("--json", "models", "show", model))["status"] == "ready"
+    assert "mcldef" in run("methods", "propose", "model", "clean_images") and "scan" not in run("methods", "propose", "model")
     assert "Neural Cleanse" in run("methods", "ls") and "temperature" in run("methods", "show", "mcldef")
     plan = json.loads(run("--json", "jobs", "submit", "--model", model, "--dataset", clean, "--method", "mcldef", "-p", "target=5", "--dry-run"))
     assert plan["request"]["defense"]["target"] == 5

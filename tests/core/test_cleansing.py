@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torchvision.transforms import functional as T
 
 from benchmarks import digits
-from core import activations, catalog, encoders, losses, page, training, victim
+from core import activations, advice, catalog, encoders, losses, page, training, victim
 from core import split as splits
 from core.activations import collect
 from core.attacks.badnets import BadNets
@@ -641,3 +641,19 @@ def test_ssl_cleansing_finds_wrong_labels_in_a_good_embedding() -> None:
         assert float(split.clean[bad].float().mean()) < 0.05 and float(split.clean[~bad].float().mean()) > 0.9
         corrected = split.relabelled(poison.labels)
         assert int(corrected.sum()) and float((split.labels == data.labels)[corrected].float().mean()) > 0.95
+
+
+# -- which method ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_proposed_exists_and_needs_no_more_than_it_says() -> None:
+    for proposal in advice.PROPOSALS:
+        method = catalog.defenses()[proposal.method]
+        params = catalog.validate({method.name: method}, proposal.defense)
+        assert method.kind is proposal.kind and catalog.needs(method, params) - {catalog.Need.BATCH_NORM} <= proposal.needs
+        # What a network is made of is not something to bring: the sentence says it.
+        assert (catalog.Need.BATCH_NORM in method.needs) == ("BatchNorm" in proposal.why)
+    everything = advice.propose(list(catalog.Need))
+    assert everything == list(advice.PROPOSALS)
+    assert [one.method for one in advice.propose([catalog.Need.MODEL])] == ["mm_bd", "clp"]
+    assert [one.method for one in advice.propose([catalog.Need.SUSPECT_DATASET])] == ["ssl_cleanse", "d_br"]
