@@ -14,6 +14,9 @@ from core.images import ImageSet, as_floats
 from core.run import Run
 from core.split import Cleansing, Verdict, stands_out
 
+# Two clusters of a class that is one are less apart than this (silhouette): 0.26 at most in nine sets of CIFAR-10, 0.5 and more where all classes have guests.
+APART = 0.4
+
 
 class Observing(Cleansing, victim.Training):
     """Parameters of every cleanser that needs a classifier trained on the set; a model given with the job is taken instead."""
@@ -93,6 +96,29 @@ def two_groups(features: torch.Tensor, labels: torch.Tensor, classes: int) -> li
     return [untangle(points[which == label], inverse((total - covariances[label]) / (classes - 1)))[1] for label in range(classes)]
 
 
-def observed(features: torch.Tensor, labels: torch.Tensor, classes: int) -> tuple[Verdict, str, int | None]:
-    """Return verdict, evidence and class of a set from the features of a classifier trained on it: poison makes its target class two groups."""
-    return stands_out(two_groups(features, labels, classes), "what is gained by cutting a class in two")
+def clusters(features: np.ndarray, dimensions: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Cut the features (n, d) of a class in two: return the mask (n,) of the smaller cluster, how much nearer each lies to it, and the mean silhouette."""
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+    from sklearn.metrics import silhouette_score
+
+    reduced = PCA(min(dimensions, *features.shape), random_state=seed).fit_transform(features)
+    found = KMeans(2, n_init=10, random_state=seed).fit(reduced)
+    smaller = int(np.bincount(found.labels_, minlength=2).argmin())
+    distances = found.transform(reduced)
+    silhouette = silhouette_score(reduced, found.labels_, sample_size=min(len(reduced), 2000), random_state=seed) if len(set(found.labels_)) == 2 else 0.0
+    return found.labels_ == smaller, distances[:, 1 - smaller] - distances[:, smaller], float(silhouette)
+
+
+def observed(features: torch.Tensor, labels: torch.Tensor, classes: int, seed: int) -> tuple[Verdict, str, int | None]:
+    """Return verdict, evidence and class of a set from the features of a classifier trained on it: poison makes its target class two groups.
+
+    Where poison leads to every class, none stands out, and none can stand for the others; then clear clusters keep the set from being acquitted.
+    """
+    verdict, evidence, target = stands_out(two_groups(features, labels, classes), "what is gained by cutting a class in two")
+    if verdict == "no_evidence":
+        points = features.cpu().double().numpy()
+        apart = max(clusters(points[(labels == label).cpu().numpy()], 10, seed)[2] for label in range(classes))
+        if apart > APART:
+            return "inconclusive", f"no class stands out, but there are classes of two clear clusters (silhouette {apart:.2g}); {evidence}", None
+    return verdict, evidence, target

@@ -21,7 +21,7 @@ from core.attacks.badnets import BadNets
 from core.augment import TRANSFORMATIONS, rotate, translate
 from core.catalog import Inputs
 from core.classifier import Preprocessing
-from core.defenses.cleanse import activation_clustering, beatrix, scan, spectral_signatures, spectre, ssl_cleanse
+from core.defenses.cleanse import beatrix, scan, spectral_signatures, spectre, ssl_cleanse
 from core.defenses.cleanse.fct import FCT, divide, sensitivity
 from core.defenses.cleanse.ssl_cleanse import SSLCleanse, judge
 from core.defenses.train import dbd, trap_and_replace
@@ -370,7 +370,7 @@ def test_spectral_signatures_are_the_top_singular_direction() -> None:
 
 def test_clusters_find_the_guests_of_a_class() -> None:
     features, labels, bad = contaminated()
-    smaller, distance, silhouette = activation_clustering.clusters(features[labels == 2].double().numpy(), 10, 0)
+    smaller, distance, silhouette = activations.clusters(features[labels == 2].double().numpy(), 10, 0)
     assert np.array_equal(smaller, bad[labels == 2].numpy()) and silhouette > 0.2 and bool((distance[smaller] > 0).all())
 
 
@@ -419,10 +419,21 @@ def test_a_contaminated_class_stands_out_without_clean_images() -> None:
     features, labels, _ = contaminated()
     gains = activations.two_groups(features, labels, 6)
     assert max(range(6), key=lambda label: gains[label]) == 2
-    verdict, evidence, target = activations.observed(features, labels, 6)
+    verdict, evidence, target = activations.observed(features, labels, 6, 0)
     assert (verdict, target) == ("poisoned", 2) and "class 2" in evidence
     clean = labels != 2
-    assert activations.observed(features[clean], labels[clean] - (labels[clean] > 2).long(), 5)[0] != "poisoned"
+    assert activations.observed(features[clean], labels[clean] - (labels[clean] > 2).long(), 5, 0)[0] != "poisoned"
+
+
+def test_guests_in_every_class_keep_a_set_from_being_acquitted() -> None:
+    features, labels, _ = contaminated()
+    one = labels != 2
+    features, labels = features[one], labels[one] - (labels[one] > 2).long()
+    assert activations.observed(features, labels, 5, 0)[0] == "no_evidence"
+    guests = torch.arange(len(labels)) % 10 == 0
+    features[guests] = features[guests] + 40 * F.one_hot(labels[guests], 12)
+    verdict, evidence, target = activations.observed(features, labels, 5, 0)
+    assert (verdict, target) == ("inconclusive", None) and "two clear clusters" in evidence
 
 
 def test_gram_matrices_take_the_power_first() -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 
-from core.activations import Observing, collect, observed, observer
+from core.activations import APART, Observing, clusters, collect, observed, observer
 from core.catalog import Inputs, Need, Outcome, defense
 from core.run import Run
 from core.split import of_flags
@@ -48,28 +47,17 @@ def run(run: Run, inputs: Inputs, params: ActivationClustering) -> Outcome:
         scores[own] = torch.from_numpy(distance).float().to(scores.device)
         shares.append(float(smaller.mean()))
         apart.append(silhouette)
-    verdict, evidence, found = observed(features, labels, suspect.classes)
+    verdict, evidence, found = observed(features, labels, suspect.classes, run.seed)
     target = params.target if params.target is not None else found
     # Of two halves of equal size none is the guests'; who knows the target wants its smaller cluster in any case.
-    doubtful = torch.tensor([share >= params.size and label != params.target for label, share in enumerate(shares)], device=labels.device)
-    flagged = small & ~doubtful[labels]
+    told = [
+        label == params.target or (share < params.size and (label == target or silhouette > APART))
+        for label, (share, silhouette) in enumerate(zip(shares, apart, strict=True))
+    ]
+    flagged = small & torch.tensor(told, device=labels.device)[labels]
     if target is not None:
         flagged &= labels == target
         if shares[target] >= params.size:
             evidence += f"; its clusters are {shares[target]:.0%} and {1 - shares[target]:.0%} of it"
     split = of_flags(labels, scores, flagged, REASON, verdict=verdict, evidence=evidence, target=target)
     return Outcome(split=split, embedding=features, findings={"silhouettes": apart, "smaller_cluster": shares})
-
-
-def clusters(features: np.ndarray, dimensions: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Cut the features (n, d) of a class in two: return the mask (n,) of the smaller cluster, how much nearer each lies to it, and the mean silhouette."""
-    from sklearn.cluster import KMeans
-    from sklearn.decomposition import PCA
-    from sklearn.metrics import silhouette_score
-
-    reduced = PCA(min(dimensions, *features.shape), random_state=seed).fit_transform(features)
-    found = KMeans(2, n_init=10, random_state=seed).fit(reduced)
-    smaller = int(np.bincount(found.labels_, minlength=2).argmin())
-    distances = found.transform(reduced)
-    silhouette = silhouette_score(reduced, found.labels_, sample_size=min(len(reduced), 2000), random_state=seed) if len(set(found.labels_)) == 2 else 0.0
-    return found.labels_ == smaller, distances[:, 1 - smaller] - distances[:, smaller], float(silhouette)
