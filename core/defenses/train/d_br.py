@@ -26,6 +26,19 @@ class DBR(Compared, victim.Training):
     learning_rate: float = Field(default=1e-4, gt=0, le=1, title="Learning rate", description="Constant.")
     batch_size: int = Field(default=128, ge=2, le=4096, title="Batch size")
     augment: bool = Field(default=True, title="Augment", description="Random crop and flip while unlearning and relearning.")
+    bn: Literal["train", "frozen"] = Field(
+        default="train",
+        title="BatchNorm mode",
+        description="`train`, as published: a batch of poisoned images is unlearnt under its own statistics, and a narrow network may keep the backdoor "
+        "under those it is deployed with; `frozen` unlearns what is deployed.",
+    )
+    clip: float | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        title="Clip",
+        description="Poisoned images whose cross-entropy is above this are left alone; the ascent is unbounded without.",
+    )
 
 
 @defense(
@@ -41,12 +54,16 @@ def run(run: Run, inputs: Inputs, params: DBR) -> Outcome:
     optimizer = torch.optim.SGD(model.parameters(), lr=params.learning_rate, momentum=0.9, weight_decay=5e-4)
     generator = run.generator("unlearn and relearn")
     descent = cross_entropy(model)
-    ascent = training.supervised(lambda images, labels: -F.cross_entropy(model(images).float(), labels))
+
+    def away(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        each = F.cross_entropy(model(images).float(), labels, reduction="none")
+        return -(each if params.clip is None else each.clamp(max=params.clip)).mean()
+
     history: dict[str, list[float]] = {"unlearning": [], "relearning": []}
     run.phase("unlearning and relearning")
     for number in run.stage("unlearn and relearn", total=params.rounds, model=model, optimizer=optimizer, generator=generator, history=history):
-        model.train()
-        for name, loss, part in (("unlearning", ascent, divided.poisoned), ("relearning", descent, divided.clean)):
+        model.train(params.bn == "train")
+        for name, loss, part in (("unlearning", training.supervised(away), divided.poisoned), ("relearning", descent, divided.clean)):
             # The ascent is unbounded: full precision, and `one_epoch` stops at the first value that is not finite.
             mean = training.one_epoch(
                 run, name, data=part, loss=loss, network=model, optimizer=optimizer, schedule=training.steps((0, params.learning_rate)), epoch=number,
