@@ -6,7 +6,6 @@ import csv
 import gzip
 import io
 import json
-import pickle  # noqa: TID251  written for others to read, never read here
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from intake import archive, tables
+from intake import archive, pickled, tables
 from intake.archive import GZIP, ZIP, ZSTD, Member
 from intake.dataset import ORDER, PARQUET, annotated
 from intake.refusal import Refusal
@@ -234,7 +233,7 @@ def _cifar(members: dict[str, Member], described: dict[str, Any], lines: list[Li
         plain["data"] = np.ascontiguousarray(pixels[rows])
         for place, row in enumerate(rows):
             mine[row]["path"] = f"{short}/{place}"
-        add(name, pickle.dumps({key.encode(): value for key, value in plain.items()}, protocol=2))
+        add(name, pickled.batch(plain))
 
 
 def _shards(members: dict[str, Member], described: dict[str, Any], lines: list[Line], add: Add, folder: Path) -> None:

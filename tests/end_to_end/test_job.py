@@ -130,7 +130,7 @@ def test_engine_says_why_it_cannot(service: Stack, case: Case, tmp_path: Path) -
         job = client.jobs.wait(job["id"], timeout=120)
         assert job["status"] == "failed"
         assert job["error"]["code"] == "dataset_invalid"
-        assert "clean images (1, 16, 16)" in job["error"]["detail"] and "one size" in job["error"]["advice"]
+        assert "clean images are (1, 16, 16)" in job["error"]["detail"] and "one size" in job["error"]["advice"]
         with pytest.raises(JobFailed, match="test images are"):
             succeeded(job)
 
