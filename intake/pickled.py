@@ -23,8 +23,9 @@ def _value(value: Any) -> bytes:
     if isinstance(value, str):
         text = value.encode()
         return b"X" + struct.pack("<I", len(text)) + text
-    if isinstance(value, int) and not isinstance(value, bool):
-        return b"J" + struct.pack("<i", value)
+    if isinstance(value, int):
+        raw = int(value).to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        return b"\x8b" + struct.pack("<I", len(raw)) + raw
     if isinstance(value, list):
         return b"](" + b"".join(_value(one) for one in value) + b"e"
     if isinstance(value, np.ndarray) and value.dtype == np.uint8:

@@ -195,7 +195,7 @@ def _npz(members: dict[str, Member], described: dict[str, Any], lines: list[Line
         shape, dtype, blocks = tables.rows_of(member)
         if name.removesuffix(".npy") == label:
             add(name, tables.npy_header((int(rows.sum()),), dtype) + labels[rows].astype(dtype).tobytes())
-        elif shape and shape[0] == count:
+        elif shape and shape[0] == count and name != "class_names.npy":
             add(name, _kept_rows(tables.npy_header((int(rows.sum()), *shape[1:]), dtype), blocks, rows))
         else:
             add(name, member.read())
@@ -215,18 +215,19 @@ def _kept_rows(header: bytes, blocks: Iterator[np.ndarray], rows: np.ndarray) ->
 def _cifar(members: dict[str, Member], described: dict[str, Any], lines: list[Line], add: Add, folder: Path) -> None:
     """Write the batches again without the dropped rows, as pickles of plain values."""
     waiting = iter(lines)
+    batches = {line["name"].split("/", 1)[0] for line in lines}
     for name, member in sorted(members.items(), key=lambda item: item[0].rsplit("/", 1)[-1]):
         short = name.rsplit("/", 1)[-1]
         if short in tables.CIFAR[2]:
             add(name, member.read())
-        if f"{short}" not in {line["name"].split("/", 1)[0] for line in lines}:
+        if short not in batches:
             continue
         content, pixels, wanted = tables.cifar_batch(member)
         mine = [next(waiting) for _ in range(len(pixels))]
         rows = [place for place, line in enumerate(mine) if line["action"] != "dropped"]
         plain: dict[str, Any] = {}
         for key, value in content.items():
-            if isinstance(value, list) and len(value) == len(pixels):
+            if isinstance(value, list) and len(value) == len(pixels) and all(isinstance(one, (str, bytes, int)) for one in value):
                 plain[key] = [mine[place]["label"] if key == wanted else value[place] for place in rows]
             elif isinstance(value, (str, bytes, int)):
                 plain[key] = value

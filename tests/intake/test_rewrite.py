@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from core.images import ImageSet
-from intake import dataset, door
+from intake import dataset, door, pickled
 from intake.rewrite import rewrite
 from tests.intake.test_dataset import FLAT, FOLDERS, LAYOUTS, PIXELS, PNG, RNG, ROWS, archive, batches, npz, parquet, picture, tar
 
@@ -124,6 +124,21 @@ def test_arrays_keep_their_shape_type_and_neighbours(tmp_path: Path) -> None:
         assert found["x"].shape == (3, 3, 8, 9) and np.array_equal(found["x"], np.stack(PIXELS[1:]).transpose(0, 3, 1, 2))
         assert found["y"].dtype == np.uint8 and found["y"].tolist() == [1, 1, 1]
         assert found["boxes"].tolist() == [[2, 3], [4, 5], [6, 7]] and found["class_names"].tolist() == ["cat", "dog"]
+
+
+def test_as_many_class_names_as_images_stay_class_names(tmp_path: Path) -> None:
+    upload = npz(tmp_path / "x.npz", images=np.stack(PIXELS), labels=np.array([0, 1, 2, 3]), class_names=np.array(list("abcd")))
+    taken(upload, tmp_path / "out")
+    judged(tmp_path / "out", {0: "dropped"}, [0, 1, 2, 3], {})
+    with np.load(tmp_path / "out" / rewrite(upload, tmp_path / "out")["file"]) as found:
+        assert found["class_names"].tolist() == list("abcd") and found["labels"].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("number", [0, -1, 127, 128, 255, -129, 2**31, -(2**40), 10**30])
+def test_numbers_are_pickled_whatever_their_size(number: int) -> None:
+    assert pickle.loads(pickled.batch({"n": number, "l": [number, "x", b"y"]})) == {b"n": number, b"l": [number, "x", b"y"]}
+    with pytest.raises(TypeError, match="float"):
+        pickled.batch({"n": 0.5})
 
 
 def test_cifar_batches_come_back_as_batches(tmp_path: Path) -> None:
