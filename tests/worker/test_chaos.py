@@ -135,9 +135,11 @@ def test_a_stopped_worker_cannot_finish_what_another_took(make_stack: StackMaker
         found = ends(client, job, stack, seconds=200)
         assert found["status"] == "succeeded", stack.logs()
         events = client.jobs.events(job["id"])
-        owners = [event["data"]["owner"] for event in events if event["data"].get("status") == "running"]
-        assert len(owners) >= 2 and owners[-1] != owner
-        assert sum(event["data"].get("status") == "succeeded" for event in events) == 1
+        states = [event["data"] for event in events if event["type"] == "state"]
+        # A busy machine may let the second lease run out as well, so the first worker may take the job anew and end it.
+        assert {state["owner"] for state in states if state["status"] == "running"} - {owner}
+        assert [state["status"] for state in states].count("succeeded") == 1 and states[-1]["status"] == "succeeded"
+        assert found["attempt"] == sum(state["status"] == "running" for state in states)
 
 
 @pytest.mark.timeout(600)
