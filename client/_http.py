@@ -71,7 +71,13 @@ def _arguments(request: Request) -> dict[str, Any]:
     if request.upload is not None:
         length = request.part[1] if request.part else request.upload.stat().st_size
         headers |= {"Content-Type": "application/octet-stream", "Content-Length": str(length)}
-    return {"method": request.method, "url": request.path, "params": request.params, "json": request.json, "headers": headers}
+    return {"method": request.method, "url": request.path, "params": request.params or None, "json": request.json, "headers": headers}
+
+
+def _host(http: httpx.Client | httpx.AsyncClient, request: Request) -> str:
+    """Return whom a request went to, without what a signed URL must not tell."""
+    url = http.base_url.join(request.path)
+    return f"{url.scheme}://{url.netloc.decode()}"
 
 
 class _Download:
@@ -116,6 +122,7 @@ class SyncTransport:
 
     def __init__(self, url: str, api_key: str, retries: int) -> None:
         self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {api_key}"}, timeout=TIMEOUT)
+        self._foreign = httpx.Client(timeout=TIMEOUT)
         self._retries = retries
 
     def drive(self, flow: Flow) -> Any:
@@ -139,19 +146,20 @@ class SyncTransport:
 
     def _send(self, request: Request) -> Answer:
         download = _Download(request) if request.download is not None else None
+        http = self._http if request.path.startswith("/") else self._foreign
         for attempt in range(self._retries + 1):
             headers: httpx.Headers | None = None
             try:
                 if download is not None:
                     return self._fetch(request, download)
                 content = _pieces(request) if request.upload is not None else None
-                response = self._http.request(**_arguments(request), content=content)
+                response = http.request(**_arguments(request), content=content)
                 if attempt == self._retries or not _retry(response):
                     return _answer(response)
                 headers = response.headers
             except httpx.TransportError as error:
                 if attempt == self._retries:
-                    raise ConnectionFailed(f"{self._http.base_url} does not answer: {error}") from error
+                    raise ConnectionFailed(f"{_host(http, request)} does not answer: {error}") from error
             time.sleep(pause_before_retry(attempt, headers))
         raise AssertionError
 
@@ -195,6 +203,7 @@ class SyncTransport:
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+        self._foreign.close()
 
 
 class AsyncTransport:
@@ -202,6 +211,7 @@ class AsyncTransport:
 
     def __init__(self, url: str, api_key: str, retries: int) -> None:
         self._http = httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {api_key}"}, timeout=TIMEOUT)
+        self._foreign = httpx.AsyncClient(timeout=TIMEOUT)
         self._retries = retries
 
     async def drive(self, flow: Flow) -> Any:
@@ -224,19 +234,20 @@ class AsyncTransport:
 
     async def _send(self, request: Request) -> Answer:
         download = _Download(request) if request.download is not None else None
+        http = self._http if request.path.startswith("/") else self._foreign
         for attempt in range(self._retries + 1):
             headers: httpx.Headers | None = None
             try:
                 if download is not None:
                     return await self._fetch(request, download)
                 content = _async_pieces(request) if request.upload is not None else None
-                response = await self._http.request(**_arguments(request), content=content)
+                response = await http.request(**_arguments(request), content=content)
                 if attempt == self._retries or not _retry(response):
                     return _answer(response)
                 headers = response.headers
             except httpx.TransportError as error:
                 if attempt == self._retries:
-                    raise ConnectionFailed(f"{self._http.base_url} does not answer: {error}") from error
+                    raise ConnectionFailed(f"{_host(http, request)} does not answer: {error}") from error
             await asyncio.sleep(pause_before_retry(attempt, headers))
         raise AssertionError
 
@@ -280,3 +291,4 @@ class AsyncTransport:
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
+        await self._foreign.aclose()

@@ -22,7 +22,7 @@ TERMINAL = frozenset({"succeeded", "failed", "crashed", "cancelled"})
 
 @dataclass(frozen=True)
 class Request:
-    """One HTTP request; `upload` streams a file (or its `part`: start and length) as the body, `download` writes the answer's body to a file."""
+    """One HTTP request; a `path` that is a whole URL belongs to somebody else, who never sees the API key. `upload` streams a file (or its `part`: start and length) as the body, `download` writes the answer's body to a file."""
 
     method: str
     path: str
@@ -80,10 +80,43 @@ def upload(kind: str, path: Path, *, name: str | None, resize: int | None, progr
 
 
 def in_parts(kind: str, path: Path, params: Json, resize: int | None, progress: Progress | None) -> Flow:
-    """Send a file part by part, going on where the service says after every break; return the model or dataset as it is then."""
+    """Send a file part by part, straight to the object store if the service signs for it; return the model or dataset as it is then."""
+    announced = {"kind": kind.removesuffix("s"), "bytes": path.stat().st_size, **params}
+    begun = (yield Request("POST", "/v1/uploads", json={**announced, "mode": "direct"})).json
+    where = f"/v1/uploads/{begun['id']}"
+    if begun["mode"] == "direct" and not (yield from _to_the_store(where, path, progress)):
+        yield Request("DELETE", where)
+        begun = (yield Request("POST", "/v1/uploads", json=announced)).json
+        where = f"/v1/uploads/{begun['id']}"
+    if begun["mode"] == "proxy":
+        yield from _through_the_service(where, path, progress)
+    sha256 = file_digest(path)
+    return (yield Request("POST", f"{where}/complete", json={"sha256": sha256, **({"resize": resize} if resize else {})})).json
+
+
+def _to_the_store(where: str, path: Path, progress: Progress | None) -> Flow:
+    """Send what is missing until nothing is; return False when the store cannot be reached from here."""
+    sent, failures = False, 0
+    while missing := (yield Request("POST", f"{where}/urls")).json["data"]:
+        for part in missing:
+            try:
+                yield Request("PUT", part["url"], upload=path, part=(part["offset"], part["bytes"]), progress=progress)
+            except (ConnectionFailed, ApiError):
+                failures += 1
+                if not sent and failures > 1:
+                    return False
+                if failures > PATIENCE:
+                    raise
+                yield Pause(min(0.2 * 2**failures, 10.0))
+                break
+            sent, failures = True, 0
+    return True
+
+
+def _through_the_service(where: str, path: Path, progress: Progress | None) -> Flow:
+    """Send part by part, going on where the service says after every break."""
     size = path.stat().st_size
-    begun = (yield Request("POST", "/v1/uploads", json={"kind": kind.removesuffix("s"), "bytes": size, **params})).json
-    where, offset, failures, lost = f"/v1/uploads/{begun['id']}", 0, 0, False
+    offset, failures, lost = 0, 0, False
     while offset < size:
         part = (offset, min(PART, size - offset))
         sending = Request("PATCH", where, headers={"Upload-Offset": str(offset)}, upload=path, part=part, progress=progress)
@@ -98,8 +131,6 @@ def in_parts(kind: str, path: Path, params: Json, resize: int | None, progress: 
             continue
         arrived = int(answer.headers["upload-offset"])
         failures, lost, offset = 0 if arrived > offset else failures, False, arrived
-    sha256 = file_digest(path)
-    return (yield Request("POST", f"{where}/complete", json={"sha256": sha256, **({"resize": resize} if resize else {})})).json
 
 
 def wait(job_id: str, *, timeout: float | None, seen: Callable[[Json], None] | None) -> Flow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
@@ -40,14 +41,17 @@ def create_app(settings: Settings) -> FastAPI:
     """Return the application on these floors; the schema is brought to the newest migration first."""
     database = Database(settings.database)
     database.migrate()
-    objects = Objects(settings.objects)
+    objects = Objects(settings.objects, settings.upload_endpoint)
     reader = Reader(settings, database, objects)
     opened = Context(settings, database, objects, queue.app(settings.queue), reader)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         takeover = asyncio.create_task(reader.take_over())
+        # It takes two seconds, which the first ResNet to arrive would wait for.
+        warm = asyncio.create_task(asyncio.to_thread(importlib.import_module, "torchvision"))
         yield
+        await warm
         takeover.cancel()
         database.engine.dispose()
 

@@ -155,6 +155,9 @@ class NewTransfer(Incoming):
     bytes: int = Field(ge=1, le=2**53 - 1, description="How large the whole file is.")
     filename: NoNul = ""
     name: NoNul = ""
+    mode: Literal["proxy", "direct"] = Field(
+        default="proxy", description="`direct` asks for presigned URLs of the object store; the answer says `proxy` where the service gives none."
+    )
 
 
 class Completion(Incoming):
@@ -172,18 +175,37 @@ class Transfer(BaseModel):
     kind: Literal["model", "dataset"]
     filename: str
     bytes: int
-    offset: int = Field(description="How many bytes have arrived: where the next part begins.")
+    offset: int = Field(description="How many bytes have arrived; through the API: where the next part begins.")
+    mode: Literal["proxy", "direct"] = Field(description="`proxy`: PATCH the parts here; `direct`: PUT them to the URLs of `…/urls`.")
+    part_bytes: int | None = Field(description="The size of every part but the last, when they go straight to the object store.")
     result_id: str | None = Field(description="The model or dataset it became.")
     created_at: Time
     expires_at: Time
 
     @classmethod
-    def of(cls, row: tables.Transfer) -> Transfer:
+    def of(cls, row: tables.Transfer, arrived: int) -> Transfer:
         """Return the JSON form of a row."""
         return cls(
-            id=row.id, kind=row.kind, filename=row.filename, bytes=row.bytes, offset=row.offset, result_id=row.result_id,
-            created_at=row.created_at, expires_at=row.expires_at,
+            id=row.id, kind=row.kind, filename=row.filename, bytes=row.bytes, offset=arrived, mode="direct" if row.part_bytes else "proxy",
+            part_bytes=row.part_bytes, result_id=row.result_id, created_at=row.created_at, expires_at=row.expires_at,
         )  # fmt: skip
+
+
+class PartUrl(BaseModel):
+    """Where one part of a file goes, by PUT and without an API key."""
+
+    offset: int
+    bytes: int
+    url: str
+
+
+class PartUrls(BaseModel):
+    """The first parts that are missing; none when all have arrived."""
+
+    object: Literal["part_urls"] = "part_urls"
+    data: list[PartUrl]
+    missing: int = Field(description="How many parts are missing, these included.")
+    expires_at: Time = Field(description="When the URLs stop working; ask again then.")
 
 
 class Method(BaseModel):

@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,57 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Objects:
-    """The object store at `url` (`file:///folder`, `s3://bucket/prefix`, …; credentials from the environment)."""
+    """The object store at `url` (`file:///folder`, `s3://bucket/prefix`, …; credentials from the environment).
 
-    def __init__(self, url: str) -> None:
+    With an `upload_endpoint` it signs URLs that clients send parts of files to; raises `ValueError` for a folder, which cannot sign.
+    """
+
+    def __init__(self, url: str, upload_endpoint: str = "") -> None:
         self.url = url
         self._folder = Path(url.removeprefix("file://")) if url.startswith("file://") else None
         if self._folder is not None:
             (self._folder / "incoming").mkdir(parents=True, exist_ok=True)
             self._store: Any = LocalStore(self._folder)
         else:
-            options: dict[str, Any] = {}
-            if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
-                options["client_options"] = {"allow_http": True}
-            self._store = from_url(url, **options)
+            self._store = from_url(url, **_plain_http(os.environ.get("AWS_ENDPOINT_URL", "")))
+        self._signer: Any = None
+        if upload_endpoint and self._folder is not None:
+            raise ValueError(f"UNPOISON_UPLOAD_ENDPOINT is set, but the folder {self._folder} cannot sign URLs; leave it empty or use an object store")
+        if upload_endpoint:
+            self._signer = self._store if upload_endpoint == "cloud" else from_url(url, endpoint=upload_endpoint, **_plain_http(upload_endpoint))
+
+    @property
+    def signs(self) -> bool:
+        """Whether clients may send parts straight to the store."""
+        return self._signer is not None
+
+    def sign_part(self, owner: str, offset: int, seconds: float) -> str:
+        """Return a URL that takes one part of `owner`'s file by PUT, for so long."""
+        url: str = obstore.sign(self._signer, "PUT", _part_key(owner, offset), timedelta(seconds=seconds))
+        return url
+
+    def parts(self, owner: str) -> dict[int, int]:
+        """Return what clients have put there for `owner`, {offset: bytes}; raises `StoreUnavailable`."""
+        return {int(item["path"].rsplit("/", 1)[-1]): item["size"] for item in self._listed(f"parts/{owner}")}
+
+    def fetch_part(self, owner: str, offset: int, path: Path) -> None:
+        """Write a part to `path`, whatever its bytes are; raises `NotFound`, `StoreFull`, `StoreUnavailable`."""
+        self._write(_part_key(owner, offset), path)
+
+    def forget_parts(self, owner: str) -> None:
+        """Remove `owner`'s parts; raises `StoreUnavailable`."""
+        for item in self._listed(f"parts/{owner}"):
+            self._remove(item["path"])
+
+    def part_owners(self) -> set[str]:
+        """Return who has parts in the store; raises `StoreUnavailable`."""
+        return {item["path"].rsplit("/", 2)[-2] for item in self._listed("parts")}
+
+    def _listed(self, prefix: str) -> list[Any]:
+        try:
+            return [item for batch in obstore.list(self._store, prefix) for item in batch]
+        except BaseError as error:
+            raise StoreUnavailable(f"the object store does not answer: {error}") from error
 
     def incoming(self, scratch: Path) -> Path:
         """Return the folder to write new files into: on the same disk where a rename is enough to store them."""
@@ -124,22 +163,25 @@ class Objects:
     def fetch(self, sha256: str, path: Path) -> None:
         """Write an object to `path` and verify it.
 
-        Raises `NotFound`, `StoreUnavailable`; also when the bytes do not have the digest.
+        Raises `NotFound`, `StoreFull`, `StoreUnavailable`; also when the bytes do not have the digest.
         """
+        if self._write(_key(sha256), path) != sha256:
+            raise StoreUnavailable(f"object {sha256} is damaged in the store")
+
+    def _write(self, key: str, path: Path) -> str:
         digest = hashlib.sha256()
         try:
             with path.open("wb") as out:
-                for piece in obstore.get(self._store, _key(sha256)).stream(min_chunk_size=CHUNK):
+                for piece in obstore.get(self._store, key).stream(min_chunk_size=CHUNK):
                     digest.update(piece)
                     out.write(piece)
         except FileNotFoundError as error:
-            raise NotFound(f"object {sha256} is gone") from error
+            raise NotFound(f"object {key.rsplit('/', 1)[-1]} is gone") from error
         except OSError as error:
             raise _translated(error) from error
         except BaseError as error:
             raise StoreUnavailable(f"the object store does not answer: {error}") from error
-        if digest.hexdigest() != sha256:
-            raise StoreUnavailable(f"object {sha256} is damaged in the store")
+        return digest.hexdigest()
 
     async def stream(self, sha256: str, start: int, end: int) -> AsyncIterator[bytes]:
         """Yield the bytes [start, end) of an object.
@@ -179,8 +221,11 @@ class Objects:
 
     def delete(self, sha256: str) -> None:
         """Remove an object; a missing one is no error."""
+        self._remove(_key(sha256))
+
+    def _remove(self, key: str) -> None:
         try:
-            obstore.delete(self._store, _key(sha256))
+            obstore.delete(self._store, key)
         except FileNotFoundError:
             return
         except BaseError as error:
@@ -195,6 +240,14 @@ def _key(sha256: str) -> str:
     if not DIGEST.fullmatch(sha256):
         raise ValueError(f"{sha256!r} is not a SHA-256 in hex")
     return f"sha256/{sha256[:2]}/{sha256}"
+
+
+def _part_key(owner: str, offset: int) -> str:
+    return f"parts/{owner}/{offset:020d}"
+
+
+def _plain_http(endpoint: str) -> dict[str, Any]:
+    return {"client_options": {"allow_http": True}} if endpoint.startswith("http://") else {}
 
 
 def _sync_folder(folder: Path) -> None:

@@ -31,6 +31,11 @@ class Settings(BaseSettings):
     quota_bytes: int | None = Field(default=None, ge=0, description="Bytes of uploads a tenant may keep; None: no limit.")
     quota_jobs: int | None = Field(default=None, ge=0, description="Jobs a tenant may have waiting or running; None: no limit.")
     audit_days: float = Field(default=400.0, gt=0, description="How long entries of the audit log are kept.")
+    upload_endpoint: str = Field(
+        default="",
+        description="Where clients reach the object store: `https://…`, or `cloud` for its provider's own address. Set, large files go straight there, in presigned parts.",
+    )
+    upload_part_bytes: int = Field(default=64 << 20, gt=0, description="Least size of a presigned part.")
     transfer_seconds: float = Field(default=86_400.0, gt=0, description="How long an upload in parts is kept without a new part.")
     intake_seconds: float = Field(default=1800.0, gt=0, description="Longest time one file may take to read.")
     intake_wait_seconds: float = Field(default=20.0, ge=0, description="How long an upload's answer waits for the file to be read.")

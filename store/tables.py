@@ -189,7 +189,8 @@ class Transfer(Table):
     """A file that arrives in parts.
 
     Attributes:
-        offset: how many bytes have arrived and are kept.
+        offset: how many bytes have arrived through the API and are kept.
+        part_bytes: the size of the parts that the client puts into the object store itself; None when they come through the API.
         result_id: the model or dataset it became.
     """
 
@@ -201,6 +202,7 @@ class Transfer(Table):
     filename: Mapped[str] = mapped_column(String(255))
     bytes: Mapped[int] = mapped_column(BigInteger)
     offset: Mapped[int] = mapped_column(BigInteger)
+    part_bytes: Mapped[int | None] = mapped_column(BigInteger)
     result_id: Mapped[str | None] = mapped_column(Id)
     created_at: Mapped[float] = mapped_column(Float(53))
     expires_at: Mapped[float] = mapped_column(Float(53), index=True)

@@ -12,11 +12,12 @@ from store.jobs import moment
 from store.tables import Transfer, TransferPart
 
 
-def begin(session: Session, *, tenant: str, kind: str, name: str, filename: str, size: int, seconds: float) -> Transfer:
+def begin(session: Session, *, tenant: str, kind: str, name: str, filename: str, size: int, part_bytes: int | None, seconds: float) -> Transfer:
     """Announce a file of `size` bytes; it is forgotten after `seconds` without a part."""
     at = moment(session)
     row = Transfer(
-        id=ids.new("upl"), tenant=tenant, kind=kind, name=name, filename=filename, bytes=size, offset=0, created_at=at, expires_at=at + seconds
+        id=ids.new("upl"), tenant=tenant, kind=kind, name=name, filename=filename, bytes=size, offset=0, part_bytes=part_bytes,
+        created_at=at, expires_at=at + seconds,
     )  # fmt: skip
     session.add(row)
     session.flush()
@@ -49,6 +50,26 @@ def append(session: Session, transfer_id: str, tenant: str, *, offset: int, size
     session.add(TransferPart(transfer_id=transfer_id, offset=offset, bytes=size, sha256=sha256))
     session.flush()
     return offset + size
+
+
+def missing(row: Transfer, arrived: dict[int, int]) -> list[tuple[int, int]]:
+    """Return offset and size of the parts that are not in the object store, or not as large as they must be; `arrived` is {offset: bytes}."""
+    assert row.part_bytes is not None
+    wanted = [(offset, min(row.part_bytes, row.bytes - offset)) for offset in range(0, row.bytes, row.part_bytes)]
+    return [(offset, size) for offset, size in wanted if arrived.get(offset) != size]
+
+
+def renew(session: Session, transfer_id: str, tenant: str, *, seconds: float) -> Transfer:
+    """Keep a transfer for `seconds` more; raises `NotFound`."""
+    row = get(session, transfer_id, tenant)
+    row.expires_at = moment(session) + seconds
+    session.flush()
+    return row
+
+
+def known(session: Session) -> set[str]:
+    """Return the ids of all transfers."""
+    return set(session.scalars(sa.select(Transfer.id)))
 
 
 def parts(session: Session, row: Transfer) -> list[TransferPart]:

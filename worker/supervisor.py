@@ -484,13 +484,19 @@ def tidy(settings: Settings, database: Database, objects: Objects) -> None:
 
     Raises `StoreError`.
     """
+    # Listed first: an upload's row is older than its first part.
+    owners = objects.part_owners()
     with database.write() as session:
         gone = library.unreferenced(session, older_than_seconds=3600)
         idempotency.forget_expired(session)
         transfers.forget_expired(session)
+        uploads = transfers.known(session)
         audit.forget_old(session, older_than_seconds=86_400 * settings.audit_days)
     for sha256 in gone:
         objects.delete(sha256)
+    # A URL outlives its upload for a while, so parts may come that nobody waits for.
+    for owner in owners - uploads:
+        objects.forget_parts(owner)
     # Longer than the longest reading of an upload, which keeps a folder there.
     objects.forget_incoming(settings.scratch, older_than_seconds=settings.intake_seconds + 3600)
 

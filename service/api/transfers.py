@@ -18,12 +18,16 @@ from service.api.uploads import FILE, UPLOAD_CODES, admit, basename, store_bytes
 from service.context import Caller, Context, Opened, Reading, Writing
 from service.problems import Problem, documented
 from service.receiving import Received, receive_part
-from store import library, quotas, transfers
+from store import jobs, library, quotas, transfers
 from store.errors import OffsetMismatch
 from store.objects import CHUNK
 from store.tables import Dataset, Model
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
+# S3 takes no more parts of a file; ours are objects of their own, but a list of more helps nobody.
+MOST_PARTS = 10_000
+# As many URLs as a client uses up before they expire, even over a slow line.
+URLS, URL_SECONDS = 16, 3600.0
 KINDS: dict[str, Any] = {"model": (Model, schemas.Model), "dataset": (Dataset, schemas.Dataset)}
 BODY: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": FILE}}}}
 Offset = Annotated[int, Header(alias="Upload-Offset", ge=0, le=2**53 - 1, description="Where this part begins.")]
@@ -34,30 +38,50 @@ Offset = Annotated[int, Header(alias="Upload-Offset", ge=0, le=2**53 - 1, descri
     summary="Announce a file that arrives in parts",
 )  # fmt: skip
 def begin(body: schemas.NewTransfer, response: Response, opened: Opened, caller: Writing) -> Any:
-    """Announce a file; then PATCH its parts, and complete it."""
+    """Announce a file; then PATCH its parts (or, if `mode` is `direct`, PUT them to the URLs of `…/urls`), and complete it."""
     if body.bytes > opened.settings.max_upload_bytes:
         raise Problem("too_large", f"The file has {body.bytes} bytes, at most {opened.settings.max_upload_bytes} are taken.")
     filename = basename(body.filename) or body.kind
+    direct = body.mode == "direct" and opened.objects.signs
+    part_bytes = max(opened.settings.upload_part_bytes, -(-body.bytes // MOST_PARTS)) if direct else None
     with opened.database.write() as session:
         quotas.check_upload(session, opened.settings, caller.tenant, body.bytes)
         row = transfers.begin(
-            session, tenant=caller.tenant, kind=body.kind, name=body.name, filename=filename, size=body.bytes, seconds=opened.settings.transfer_seconds
+            session, tenant=caller.tenant, kind=body.kind, name=body.name, filename=filename, size=body.bytes, part_bytes=part_bytes,
+            seconds=opened.settings.transfer_seconds,
         )  # fmt: skip
         response.headers["Location"] = f"/v1/uploads/{row.id}"
-        return schemas.Transfer.of(row)
+        return schemas.Transfer.of(row, 0)
 
 
 @router.head("/{upload_id}", response_class=Response, responses=documented("not_found"), operation_id="head_upload", summary="Ask how far an upload is")
 def ask(upload_id: str, opened: Opened, caller: Reading) -> Response:
     """Say where the next part begins, in `Upload-Offset`."""
     row = _get(opened, caller, upload_id)
-    return Response(headers={"Upload-Offset": str(row.offset), "Upload-Length": str(row.bytes), "Cache-Control": "no-store"})
+    return Response(headers={"Upload-Offset": str(_arrived(opened, row)), "Upload-Length": str(row.bytes), "Cache-Control": "no-store"})
 
 
 @router.get("/{upload_id}", response_model=schemas.Transfer, responses=documented("not_found"), operation_id="get_upload", summary="Get an upload")
 def get(upload_id: str, opened: Opened, caller: Reading) -> Any:
     """Return an upload in parts."""
-    return schemas.Transfer.of(_get(opened, caller, upload_id))
+    row = _get(opened, caller, upload_id)
+    return schemas.Transfer.of(row, _arrived(opened, row))
+
+
+@router.post(
+    "/{upload_id}/urls", response_model=schemas.PartUrls, responses=documented("not_found", "invalid_parameters"), operation_id="sign_upload",
+    summary="Get URLs for missing parts",
+)  # fmt: skip
+def sign(upload_id: str, opened: Opened, caller: Writing) -> Any:
+    """Return presigned URLs of the object store for the first parts that are missing. PUT each part's bytes to its URL, then ask again until there is none."""
+    with opened.database.write() as session:
+        row = transfers.renew(session, upload_id, caller.tenant, seconds=opened.settings.transfer_seconds)
+        if row.part_bytes is None:
+            raise Problem("invalid_parameters", "This upload's parts come here: PATCH them. Begin one with `mode: direct` for URLs of the object store.")
+        until = jobs.moment(session) + URL_SECONDS
+    missing = [] if row.result_id is not None else transfers.missing(row, opened.objects.parts(row.id))
+    urls = [schemas.PartUrl(offset=offset, bytes=size, url=opened.objects.sign_part(row.id, offset, URL_SECONDS)) for offset, size in missing[:URLS]]
+    return schemas.PartUrls(data=urls, missing=len(missing), expires_at=until)
 
 
 @router.patch(
@@ -67,6 +91,8 @@ def get(upload_id: str, opened: Opened, caller: Reading) -> Any:
 async def append(upload_id: str, request: Request, opened: Opened, caller: Writing, upload_offset: Offset) -> Response:
     """Add bytes at `Upload-Offset`. If the connection breaks, what had arrived is kept: ask for the offset and go on there."""
     row = await asyncio.to_thread(_get, opened, caller, upload_id)
+    if row.part_bytes is not None:
+        raise Problem("invalid_parameters", "This upload's parts go to the URLs of `…/urls`, not here.")
     if row.offset != upload_offset or row.result_id is not None:
         raise OffsetMismatch(f"the upload goes on at byte {row.offset}, not at {upload_offset}", row.offset)
     received = await receive_part(request, opened.objects.incoming(opened.settings.scratch), limit=row.bytes - row.offset)
@@ -110,6 +136,15 @@ def delete(upload_id: str, opened: Opened, caller: Writing) -> None:
     """Forget an upload in parts; a model or dataset it became stays."""
     with opened.database.write() as session:
         transfers.delete(session, upload_id, caller.tenant)
+    if opened.objects.signs:
+        opened.objects.forget_parts(upload_id)
+
+
+def _arrived(opened: Context, row: Any) -> int:
+    """Return how many bytes of a file are kept."""
+    if row.part_bytes is None or row.result_id is not None:
+        return int(row.offset if row.part_bytes is None else row.bytes)
+    return int(row.bytes - sum(size for _, size in transfers.missing(row, opened.objects.parts(row.id))))
 
 
 def _get(opened: Context, caller: Caller, upload_id: str) -> Any:
@@ -126,6 +161,8 @@ def _result(opened: Context, caller: Caller, row: Any) -> Any:
 def _completed(opened: Context, caller: Caller, upload_id: str, found: str) -> None:
     with opened.database.write() as session:
         transfers.complete(session, upload_id, caller.tenant, found)
+    if opened.objects.signs:
+        opened.objects.forget_parts(upload_id)
 
 
 def _add(opened: Context, caller: Caller, upload_id: str, offset: int, received: Received) -> int:
@@ -141,19 +178,23 @@ def _join(opened: Context, caller: Caller, upload_id: str) -> Received:
     """Write the parts one after the other into one file, hashed on the way."""
     with opened.database.read() as session:
         row = transfers.get(session, upload_id, caller.tenant)
-        parts = [(part.sha256, part.bytes) for part in transfers.parts(session, row)]
+        parts = [part.sha256 for part in transfers.parts(session, row)] if row.part_bytes is None else []
+    offsets = [] if row.part_bytes is None else _all_offsets(opened, row)
     folder = opened.objects.incoming(opened.settings.scratch) / uuid.uuid4().hex
     folder.mkdir()
     whole = folder.with_suffix(".whole")
     digest = hashlib.sha256()
     try:
         with whole.open("xb") as out:
-            for sha256, _ in parts:
+            for sha256 in parts:
                 path = opened.objects.local(sha256)
                 if path is None:
                     path = folder / "part"
                     opened.objects.fetch(sha256, path)
                 _copy(path, out, digest)
+            for offset in offsets:
+                opened.objects.fetch_part(upload_id, offset, folder / "part")
+                _copy(folder / "part", out, digest)
             out.flush()
             os.fsync(out.fileno())
     except BaseException:
@@ -162,6 +203,13 @@ def _join(opened: Context, caller: Caller, upload_id: str) -> Received:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Received(whole, digest.hexdigest(), row.bytes, filename=row.filename)
+
+
+def _all_offsets(opened: Context, row: Any) -> range:
+    missing = transfers.missing(row, opened.objects.parts(row.id))
+    if missing:
+        raise OffsetMismatch(f"{len(missing)} parts have not arrived, the first at byte {missing[0][0]}; ask for their URLs and send them", missing[0][0])
+    return range(0, row.bytes, row.part_bytes)
 
 
 def _copy(path: Path, out: Any, digest: Any) -> None:

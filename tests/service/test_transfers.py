@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from client import ApiError, Client, flows
 from client.errors import NotFound
 from store import transfers
+from store.objects import Objects
 from store.settings import Settings
 from store.tables import Object, Transfer, TransferPart
 from tests.conftest import Case, StackMaker
@@ -199,6 +200,116 @@ def test_the_client_gives_up_when_nothing_moves(api: Stack, tmp_path: Path, smal
         monkeypatch.setattr(uploads, "request", request)
         with pytest.raises(Exception, match="does not answer"):
             client.datasets.upload(path)
+
+
+@pytest.fixture
+def direct(make_stack: StackMaker, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Stack:
+    """A service whose S3 server clients reach themselves; parts are small."""
+    monkeypatch.setattr(flows, "PART", 100_000)
+    stack = make_stack("production", UNPOISON_UPLOAD_ENDPOINT=os.environ["AWS_ENDPOINT_URL"], UNPOISON_UPLOAD_PART_BYTES="100000")
+    stack.start_api()
+    return stack
+
+
+def begin_direct(http: httpx.Client, path: Path) -> str:
+    answer = http.post("/v1/uploads", json={"kind": "dataset", "bytes": path.stat().st_size, "filename": path.name, "mode": "direct"}).json()
+    assert (answer["mode"], answer["part_bytes"], answer["offset"]) == ("direct", 100_000, 0)
+    return f"/v1/uploads/{answer['id']}"
+
+
+def test_large_files_go_straight_to_the_object_store(direct: Stack, tmp_path: Path) -> None:
+    path, told = big(tmp_path / "big.npz"), []
+    with direct.client(retries=0) as client:
+        transport: Any = client._transport
+        here, there = [], []
+        transport._http.event_hooks["request"].append(lambda request: here.append(request))
+        transport._foreign.event_hooks["request"].append(lambda request: there.append(request))
+        found = client.datasets.upload(path, progress=lambda sent, total: told.append((sent, total)))
+        assert found["status"] == "ready" and found["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest() and found["filename"] == "big.npz"
+        assert len(there) == -(-path.stat().st_size // 100_000) and {request.method for request in there} == {"PUT"}
+        assert all("authorization" not in request.headers for request in there)
+        assert all(int(request.headers.get("content-length", 0)) < 1000 for request in here)
+        assert told[-1] == (path.stat().st_size, path.stat().st_size)
+        upload = there[0].url.path.split("/")[-2]
+        assert direct.objects.parts(upload) == {}, "what was put together is not kept twice"
+        assert transport._http.get(f"/v1/uploads/{upload}").json()["result_id"] == found["id"]
+        # Parts that come late, to a URL that still works, go with the next tidying; those of an open upload stay.
+        where = begin_direct(transport._http, path)
+        first = transport._http.post(f"{where}/urls").json()["data"][0]
+        for url in (str(there[0].url), first["url"]):
+            assert httpx.put(url, content=b"x" * 100_000).status_code == 200
+        supervisor.tidy(Settings(data_folder=direct.folder), direct.database, direct.objects)
+        assert direct.objects.parts(upload) != {} != direct.objects.parts(where.rsplit("/", 1)[-1]), "a finished upload is known until it expires"
+        with direct.database.write() as session:
+            session.execute(sa.update(Transfer).values(expires_at=0.0))
+        supervisor.tidy(Settings(data_folder=direct.folder), direct.database, direct.objects)
+        assert direct.objects.part_owners() == set()
+
+
+def test_presigned_parts_that_do_not_fit(direct: Stack, tmp_path: Path) -> None:
+    path = big(tmp_path / "big.npz", 900)
+    data = path.read_bytes()
+    with direct.client(retries=0) as client, direct.client(retries=0) as other:
+        http: Any = client._transport._http  # type: ignore[attr-defined]
+        stranger: Any = other._transport._http  # type: ignore[attr-defined]
+        where = begin_direct(http, path)
+        urls = http.post(f"{where}/urls").json()
+        assert urls["missing"] == len(urls["data"]) == 3 and [part["bytes"] for part in urls["data"]] == [100_000, 100_000, len(data) - 200_000]
+        assert "X-Amz-Expires=3600" in urls["data"][0]["url"]
+        assert stranger.post(f"{where}/urls").status_code == 404
+        reader = Client(direct.url, direct.make_key(scopes=("read",)), retries=0)
+        assert reader._transport._http.post(f"{where}/urls").json()["code"] == "insufficient_scope"  # type: ignore[attr-defined]
+        reader.close()
+        assert send(http, where, 0, data).json()["code"] == "invalid_parameters"
+        proxied = begin(http, path)
+        assert http.post(f"{proxied}/urls").json()["code"] == "invalid_parameters"
+        # One part arrives, one is cut short and counts as missing.
+        for part, body in ((urls["data"][0], data[:100_000]), (urls["data"][1], data[100_000:150_000])):
+            assert httpx.put(part["url"], content=body).status_code == 200
+        assert offset_of(http, where) == 100_000 == http.get(where).json()["offset"]
+        early = http.post(f"{where}/complete", json={"sha256": hashlib.sha256(data).hexdigest()})
+        assert early.json()["code"] == "offset_mismatch" and early.headers["upload-offset"] == "100000"
+        again = http.post(f"{where}/urls").json()["data"]
+        assert [part["offset"] for part in again] == [100_000, 200_000]
+        for part in again:
+            httpx.put(part["url"], content=b"?" * part["bytes"])
+        assert http.post(f"{where}/urls").json() | {"expires_at": 0} == {"object": "part_urls", "data": [], "missing": 0, "expires_at": 0}
+        assert http.post(f"{where}/complete", json={"sha256": hashlib.sha256(data).hexdigest()}).json()["code"] == "digest_mismatch"
+        assert http.get(where).status_code == 404 and direct.objects.part_owners() == set()
+
+
+def test_the_client_asks_again_for_urls(direct: Stack, tmp_path: Path) -> None:
+    path = big(tmp_path / "big.npz")
+    with direct.client(retries=0) as client:
+        foreign: Any = client._transport._foreign  # type: ignore[attr-defined]
+        original, asked = foreign.request, []
+
+        def request(**arguments: Any) -> httpx.Response:
+            asked.append(arguments["url"])
+            if len(asked) == 3:
+                raise httpx.ConnectError("gone")
+            if len(asked) == 5:
+                arguments["url"] = arguments["url"].replace("/unpoison/", "/nothing/")
+            return original(**arguments)  # type: ignore[no-any-return]
+
+        foreign.request = request
+        assert client.datasets.upload(path)["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert len(asked) == -(-path.stat().st_size // 100_000) + 2
+
+
+def test_a_store_out_of_reach_is_left_to_the_service(make_stack: StackMaker, s3_server: str, tmp_path: Path, small_parts: None) -> None:
+    stack = make_stack("production", UNPOISON_UPLOAD_ENDPOINT="http://127.0.0.1:9", UNPOISON_UPLOAD_PART_BYTES="100000")
+    stack.start_api()
+    path = big(tmp_path / "big.npz")
+    with stack.client(retries=0) as client:
+        assert client.datasets.upload(path)["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        with stack.database.read() as session:
+            assert [row.part_bytes for row in session.scalars(sa.select(Transfer))] == [None]
+
+
+def test_a_folder_cannot_sign(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"UNPOISON_UPLOAD_ENDPOINT is set, but the folder .* cannot sign"):
+        Objects(f"file://{tmp_path}", "cloud")
 
 
 def test_abandoned_uploads_are_forgotten(make_stack: StackMaker, case: Case) -> None:
