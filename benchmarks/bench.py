@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import pictures
+from benchmarks import digits, pictures
 from core import catalog, datasets, evaluation, poisoning, report, victim, weights
 from core.activations import Observing
 from core.catalog import Inputs, Kind, Need
@@ -72,7 +72,8 @@ class Setting:
 
     def normalisation(self) -> Preprocessing:
         """Return the constants that victims are trained with."""
-        return next(one for one in weights.PREPROCESSINGS if one.name == self.preprocessing)
+        usual = weights.GREY if self.dataset == "digits" else weights.PREPROCESSINGS
+        return next(one for one in usual if one.name == self.preprocessing)
 
 
 @dataclass(frozen=True)
@@ -304,6 +305,8 @@ def victim_folder(setting: Setting, attack: dict[str, Any] | None, seed: int) ->
 
 def data(name: str) -> tuple[ImageSet, ImageSet]:
     """Return training and test set of a data set, decoded once."""
+    if name == "digits":
+        return digits.two()
     CACHE.mkdir(parents=True, exist_ok=True)
     with lock(CACHE / f"{name}.lock"):
         return datasets.load(name, SHARED / "data" / name, CACHE / "data", download=True)

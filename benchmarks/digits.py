@@ -27,14 +27,26 @@ class Digits:
 
 def load(seed: int = 0) -> Digits:
     """Return scikit-learn's 1,797 digits, split at random into 1,000 / 300 / 497."""
+    data = shuffled(seed)
+    return Digits(*(data.subset(part) for part in torch.arange(len(data)).split([1000, 300, len(data) - 1300])))
+
+
+def two() -> tuple[ImageSet, ImageSet]:
+    """Return 1,300 digits to train on and 497 to measure on."""
+    data = shuffled(0)
+    train, test = torch.arange(len(data)).split([1300, len(data) - 1300])
+    return data.subset(train), data.subset(test)
+
+
+def shuffled(seed: int) -> ImageSet:
+    """Return all digits in a random order."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
     small = np.rint(found.images * (255 / 16)).astype(np.uint8)
     large = small.repeat(SIZE // 8, axis=1).repeat(SIZE // 8, axis=2)[..., None]
     data = images.from_arrays(large, found.target, tuple("0123456789"))
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    return Digits(*(data.subset(part) for part in order.split([1000, 300, len(data) - 1300])))
+    return data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)))
 
 
 def poisoned(data: ImageSet, attack: BadNets) -> ImageSet:
