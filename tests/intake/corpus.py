@@ -35,6 +35,8 @@ aiohttp.client ClientSession|tensorflow.io read_file|keras.models load_model|tra
 )
 
 
+SEEDS = Path(__file__).with_name("seeds")
+
 # Memo 60 is a list of two lists of two lists …: small, until somebody writes it out. Nothing is left on the stack.
 DOUBLING = b"]q\x000" + b"".join(b"](h" + bytes([n]) + b"h" + bytes([n]) + b"eq" + bytes([n + 1]) + b"0" for n in range(60))
 
@@ -335,6 +337,13 @@ def datasets(marker: str) -> Iterator[tuple[str, bytes]]:
     negative[148:156] = f"{sum(negative):06o}\0 ".encode()
     yield "tar that leads back", bytes(negative) + b"\0" * 1024
     yield "tar of lies", (b"a/1.png".ljust(124, b"\0") + b"77777777777\0" + b"0" * 20).ljust(257, b"\0") + b"ustar\0" + b"00" + b"\0" * 1000
+
+
+def fuzzed(reader: str) -> Iterator[bytes]:
+    """Yield what fuzzing a reader (`model` or `dataset`) has found worth keeping: inputs that took it to places no others had."""
+    with zipfile.ZipFile(SEEDS / f"{reader}.zip") as kept:
+        for name in kept.namelist():
+            yield kept.read(name)
 
 
 def zlib_bomb() -> bytes:

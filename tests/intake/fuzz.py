@@ -1,6 +1,7 @@
 """Coverage-guided fuzzing of the readers, without their fence: `make fuzz`, or `python -m tests.intake.fuzz model|dataset --seconds 600`.
 
-It starts from the corpus of hostile files and from whatever earlier runs found (`.cache/fuzz`). Anything but a refusal or a success is a
+It starts from the corpus of hostile files and from what earlier runs found, here (`.cache/fuzz`) and elsewhere (`tests/intake/seeds`, which
+`--keep` writes). Anything but a refusal or a success is a
 finding, and so is an input that takes five seconds or a gigabyte; libFuzzer then writes it to the folder and the exit code is not 0.
 """
 
@@ -15,7 +16,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reader", choices=sorted(READERS))
     parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--keep", action="store_true", help="fuzz nothing; pack what was found")
     options = parser.parse_args()
     kept = ROOT / ".cache" / "fuzz" / options.reader
     kept.mkdir(parents=True, exist_ok=True)
-    for seed in seeds(options.reader):
-        (kept / hashlib.sha256(seed).hexdigest()).write_bytes(seed)
+    known = {hashlib.sha256(seed).hexdigest(): seed for seed in seeds(options.reader)}
+    if options.keep:
+        keep(kept, known, corpus.SEEDS / f"{options.reader}.zip")
+        return
+    for seed in corpus.fuzzed(options.reader):
+        known[hashlib.sha256(seed).hexdigest()] = seed
+    for name, seed in known.items():
+        (kept / name).write_bytes(seed)
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     read, file, out = READERS[options.reader], folder / "file", folder / "out"
 
@@ -57,6 +65,16 @@ def main() -> None:
     limits = [f"-max_total_time={options.seconds}", "-timeout=5", "-rss_limit_mb=1024", f"-max_len={LARGEST}", f"-artifact_prefix={kept.parent}/found-"]
     atheris.Setup([sys.argv[0], *limits, str(kept)], once)
     atheris.Fuzz()
+
+
+def keep(found: Path, known: Iterable[str], out: Path) -> None:
+    """Pack the files of a folder, but for those that are made anew each time; the same files make the same bytes."""
+    out.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_LZMA) as packed:
+        for path in sorted(found.iterdir()):
+            name = hashlib.sha256(path.read_bytes()).hexdigest()
+            if name not in known:
+                packed.writestr(zipfile.ZipInfo(name), path.read_bytes(), zipfile.ZIP_LZMA)
 
 
 def seeds(reader: str) -> Iterator[bytes]:

@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from intake import door
+from intake import checkpoint, dataset, door
+from intake.refusal import Refusal
 from tests.intake import corpus
 from tests.stack import ROOT
 
@@ -48,6 +50,24 @@ def test_a_gadget_is_refused_by_its_name(found: list[dict[str, Any]]) -> None:
     for gadget in corpus.GADGETS:
         (one,) = [one for one in found[:-1] if one["name"] == f"calls {gadget}"]
         assert one["code"] == "unsafe_file" and gadget.replace(" ", ".") in one["message"], one
+
+
+@pytest.mark.parametrize("reader", ["model", "dataset"])
+def test_what_fuzzing_found_still_ends_well(reader: str, tmp_path: Path) -> None:
+    read: Callable[[Path, Path], object] = {"model": checkpoint.take_in, "dataset": dataset.take_in}[reader]
+    taken, refused = 0, 0
+    for number, data in enumerate(corpus.fuzzed(reader)):
+        out = tmp_path / str(number)
+        out.mkdir()
+        (tmp_path / "file").write_bytes(data)
+        # Anything but a refusal fails the test.
+        try:
+            read(tmp_path / "file", out)
+        except Refusal:
+            refused += 1
+        else:
+            taken += 1
+    assert refused > 100 and taken
 
 
 UNSAFE = """
