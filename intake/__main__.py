@@ -8,6 +8,7 @@ Exit codes: 0 taken in, 3 refused, anything else: the reader failed and the file
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -60,6 +61,11 @@ def _examine(purpose: str, file: Path, folder: Path, side: int | None) -> tuple[
     except (MemoryError, RecursionError) as error:
         message = f"reading the file ran into a limit ({type(error).__name__})"
         return {"verdict": "rejected", "code": "unsafe_file", "message": message, "advice": "Upload a smaller or simpler file."}, EXIT_REFUSED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # The file may be as good as any: whoever asked tries again when there is room.
+        return {"verdict": "rejected", "code": "storage_full", "message": "there is no space left to read the file into", "advice": ""}, EXIT_REFUSED
 
 
 def _self_test() -> int:

@@ -17,7 +17,7 @@ class Verdict:
 
     Attributes:
         ready: whether it was taken in; then `description` says what it is and the folder holds safetensors and JSON.
-        code, message, advice: why not.
+        code, message, advice: why not. `storage_full` says nothing about the file: it was not read for lack of space.
         fence: the layers that held.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from core.weights import contradictions
 from intake import door
 from store import library
 from store.database import Database
-from store.errors import StoreError
+from store.errors import NotFound, StoreError, StoreFull
 from store.objects import Objects
 from store.settings import Settings
 from store.tables import Dataset, Model
@@ -39,7 +40,7 @@ class Reader:
 
     async def read(self, table: type[Model] | type[Dataset], row_id: str, sha256: str, resize: int | None = None) -> None:
         """Start reading; return when it is done or the setting's wait is over, whichever is first."""
-        task = asyncio.create_task(self._read(table, row_id, sha256, resize))
+        task = asyncio.create_task(self._read_at_last(table, row_id, sha256, resize))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         await asyncio.wait({task}, timeout=self._settings.intake_wait_seconds)
@@ -76,13 +77,26 @@ class Reader:
             found: list[Any] = library.abandoned(session, table, reading_seconds=self.patience)
         return found
 
-    async def _read(self, table: type[Model] | type[Dataset], row_id: str, sha256: str, resize: int | None) -> None:
+    async def _read_at_last(self, table: type[Model] | type[Dataset], row_id: str, sha256: str, resize: int | None) -> None:
+        """Try again while a full disk or a store that is away keeps the upload from being read, as long as it is this process's to read."""
+        until, pause = time.monotonic() + self.patience, self._settings.sweep_seconds
+        while not await self._read(table, row_id, sha256, resize) and time.monotonic() + pause < until:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 300.0)
+
+    async def _read(self, table: type[Model] | type[Dataset], row_id: str, sha256: str, resize: int | None) -> bool:
+        """Return whether there is nothing more to do."""
         try:
             async with self._slots:
                 await asyncio.to_thread(self._examine, table, row_id, sha256, resize)
+        except NotFound:
+            # It was deleted meanwhile.
+            return True
         except (StoreError, OSError) as error:
-            # The row stays `received`; whoever looks for abandoned uploads takes it up again.
+            # The row stays `received`; if this process gives up, whoever looks for abandoned uploads takes it up again.
             logger.warning("cannot read upload %s now: %s", row_id, error)
+            return False
+        return True
 
     def _examine(self, table: type[Model] | type[Dataset], row_id: str, sha256: str, resize: int | None) -> None:
         folder = self._objects.incoming(self._settings.scratch) / uuid.uuid4().hex
@@ -106,6 +120,8 @@ class Reader:
     def _understand(self, table: type[Model] | type[Dataset], file: Path, out: Path, resize: int | None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """Have the fenced reader write a file's safe form into `out`; return its description, or why it was refused."""
         verdict = door.examine(table.__tablename__, file, out, resize=resize, timeout_seconds=self._settings.intake_seconds)
+        if verdict.code == "storage_full":
+            raise StoreFull(verdict.message)
         if not verdict.ready:
             return None, {"code": verdict.code, "message": verdict.message, "advice": verdict.advice}
         description = {**verdict.description, "fence": list(verdict.fence)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -230,6 +231,55 @@ def test_a_full_disk_is_storage_full(make_stack: StackMaker) -> None:
         SEEN.add("storage_full")
         assert not list(stack.objects.incoming(stack.folder).iterdir())
         assert client.models.list() == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own with 40 MB; making one is root's privilege."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], check=False, capture_output=True).returncode:
+        pytest.skip("a disk cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_file_that_does_not_fit_yet_is_read_when_there_is_room(make_stack: StackMaker, small_disk: Path, tmp_path: Path) -> None:
+    def images(count: int) -> bytes:
+        np.savez(tmp_path / "made.npz", images=np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
+        return (tmp_path / "made.npz").read_bytes()
+
+    stack = make_stack("laptop", UNPOISON_OBJECTS_URL=f"file://{small_disk}", UNPOISON_INTAKE_WAIT_SECONDS="1.5")
+    stack.start_api()
+    with stack.client(retries=0) as client:
+        http: Any = client._transport._http  # type: ignore[attr-defined]
+
+        def post(data: bytes) -> httpx.Response:
+            answer: httpx.Response = http.post("/v1/datasets", content=data, headers={"Content-Type": "application/octet-stream"})
+            return answer
+
+        first = images(2000)
+        kept = post(first).json()
+        assert kept["status"] == "ready"
+        (small_disk / "filler").write_bytes(b"\0" * 20_000_000)
+        # The file itself fits, what is read from it does not; nothing is said against the file.
+        waiting = post(images(1900)).json()
+        assert (waiting["status"], waiting["refusal"]) == ("received", None)
+        assert post(images(3000)).json()["code"] == "storage_full"
+        (small_disk / "filler").unlink()
+        until = time.monotonic() + 30
+        while (now := client.datasets.get(waiting["id"]))["status"] != "ready":
+            assert now["status"] == "received" and time.monotonic() < until, (now, stack.logs())
+            time.sleep(0.2)
+        assert http.get(f"/v1/datasets/{kept['id']}/content").content == first
+
+
+def test_a_full_disk_is_nothing_against_a_file(case: Case, tmp_path: Path) -> None:
+    from intake.__main__ import _examine
+
+    (tmp_path / "model.safetensors").symlink_to("/dev/full")
+    said, code = _examine("model", case.model, tmp_path, None)
+    assert (said["code"], code) == ("storage_full", 3)
 
 
 def test_an_unforeseen_error_is_internal_and_says_nothing_inside(world: World) -> None:
