@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 
 from core import inversion, mesa
 from core.augment import crop_and_flip, none
-from core.catalog import Inputs
+from core.catalog import Inputs, Outcome
 from core.classifier import Classifier
 from core.errors import TargetNotFound, TriggerNotFound
 from core.images import ImageSet
 from core.run import Run
-from core.tuning import Tuning
+from core.tuning import Tuning, tune
 
 Stamp = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 # Below this, what was found is no trigger: purifying against it would only do harm.
@@ -82,6 +83,26 @@ def recover(run: Run, inputs: Inputs, params: Recovery) -> Recovered:
     findings["trigger"] = {"target": target, "mask_norm": triggers.norms[0], "success": triggers.success[0]}
     run.log(f"recovered a trigger of {triggers.norms[0]:.1f} pixels for class {target}", **findings["trigger"])
     return Recovered(target, lambda images, generator: inversion.stamp(images, mask, pattern), findings, {target: (mask, pattern)})
+
+
+def unlearn(run: Run, inputs: Inputs, params: Recovery, mix: Callable[[torch.Tensor, Stamp, torch.Generator], torch.Tensor], **tuning: Any) -> Outcome:
+    """Recover the trigger and fine-tune with true labels on what `mix(images, stamp, generator)` makes of each batch.
+
+    Args:
+        tuning: for `tune`.
+    """
+    assert inputs.model is not None
+    found = recover(run, inputs, params)
+    model = inputs.model.frozen_copy().requires_grad_(True)
+    generator = run.generator("unlearn", "stamp")
+
+    def loss(images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        assert labels is not None
+        return F.cross_entropy(model(mix(images, found.stamp, generator)).float(), labels)
+
+    run.phase("unlearning")
+    history = tune(run, "unlearn", inputs, params, loss, model=model, state={"stamp": generator}, **tuning)
+    return Outcome(model=model, findings={"target": found.target, **found.findings, "loss": history}, triggers=found.triggers)
 
 
 def _modelled(run: Run, teacher: Classifier, clean: ImageSet, target: int, params: Recovery, findings: dict[str, Any]) -> Recovered:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 
 from core import training
 from core.catalog import Inputs, Need, Outcome, defense
-from core.recovery import Recovery, recover
+from core.recovery import Recovery, Stamp, unlearn
 from core.run import Run
-from core.tuning import epochs_field, rate_field, tune
+from core.tuning import epochs_field, rate_field
 
 
 class Mesa(Recovery):
@@ -33,18 +32,9 @@ class Mesa(Recovery):
 )
 def run(run: Run, inputs: Inputs, params: Mesa) -> Outcome:
     """Model which patches of a known size and place lead to the target, and fine-tune with them on a few images of true label."""
-    assert inputs.model is not None
-    found = recover(run, inputs, params)
-    model = inputs.model.frozen_copy().requires_grad_(True)
-    generator = run.generator("unlearn", "stamp")
 
-    def loss(images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        assert labels is not None
+    def mix(images: torch.Tensor, stamp: Stamp, generator: torch.Generator) -> torch.Tensor:
         chosen = (torch.rand(len(images), 1, 1, 1, generator=generator) < params.share).to(images.device)
-        return F.cross_entropy(model(torch.where(chosen, found.stamp(images, generator), images)).float(), labels)
+        return torch.where(chosen, stamp(images, generator), images)
 
-    run.phase("unlearning")
-    history = tune(
-        run, "unlearn", inputs, params, loss, model=model, schedule=training.steps((0, params.learning_rate)), weight_decay=0.0, state={"stamp": generator}
-    )  # fmt: skip
-    return Outcome(model=model, findings={"target": found.target, **found.findings, "loss": history}, triggers=found.triggers)
+    return unlearn(run, inputs, params, mix, schedule=training.steps((0, params.learning_rate)), weight_decay=0.0)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 
 from core.catalog import Inputs, Need, Outcome, defense
-from core.recovery import Recovery, recover
+from core.recovery import Recovery, Stamp, unlearn
 from core.run import Run
-from core.tuning import tune
 
 
 class NCUnlearning(Recovery):
@@ -29,18 +27,10 @@ class NCUnlearning(Recovery):
 )
 def run(run: Run, inputs: Inputs, params: NCUnlearning) -> Outcome:
     """Recover the trigger and teach the model the true labels of images that carry it."""
-    assert inputs.model is not None
-    found = recover(run, inputs, params)
-    model = inputs.model.frozen_copy().requires_grad_(True)
-    generator = run.generator("unlearn", "stamp")
 
-    def loss(images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        assert labels is not None
+    def mix(images: torch.Tensor, stamp: Stamp, generator: torch.Generator) -> torch.Tensor:
         # Batches are shuffled: the first ones are as good as any.
         count = max(round(params.share * len(images)), 1)
-        mixed = torch.cat([found.stamp(images[:count], generator), images[count:]])
-        return F.cross_entropy(model(mixed).float(), labels)
+        return torch.cat([stamp(images[:count], generator), images[count:]])
 
-    run.phase("unlearning")
-    history = tune(run, "unlearn", inputs, params, loss, model=model, state={"stamp": generator})
-    return Outcome(model=model, findings={"target": found.target, **found.findings, "loss": history}, triggers=found.triggers)
+    return unlearn(run, inputs, params, mix)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -72,12 +72,12 @@ def run(run: Run, inputs: Inputs, params: NPD) -> Outcome:
 
     run.phase("warming up")
     warm = params.model_copy(update={"epochs": params.warm_epochs, "learning_rate": params.learning_rate / 100})
-    shared = {"model": model, "parameters": list(polarizer.parameters()), "weight_decay": 5e-4, "prepare": model.eval}
-    first = tune(run, "warm up", inputs, warm, cross_entropy(model), schedule=training.steps((0, warm.learning_rate)), **shared)  # type: ignore[arg-type]
+    shared: dict[str, Any] = {"model": model, "parameters": list(polarizer.parameters()), "weight_decay": 5e-4, "prepare": model.eval}
+    first = tune(run, "warm up", inputs, warm, cross_entropy(model), schedule=training.steps((0, warm.learning_rate)), **shared)
     model.requires_grad_(False)
     polarizer.requires_grad_(True)
     run.phase("polarizing")
-    history = tune(run, "polarize", inputs, params, loss, schedule=training.steps((0, params.learning_rate)), **shared)  # type: ignore[arg-type]
+    history = tune(run, "polarize", inputs, params, loss, schedule=training.steps((0, params.learning_rate)), **shared)
     parametrize.remove_parametrizations(conv, "weight")
     return Outcome(model=model.requires_grad_(True), findings={"target": target, "warm_up_loss": first, "loss": history})
 
