@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,15 +100,15 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Databas
 StackMaker = Callable[..., Stack]
 
 
-@pytest.fixture(scope="session")
-def make_stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackMaker]:
-    """Make stacks: `laptop` is SQLite, a folder queue and a folder; `production` is Postgres, Redis and S3."""
+STACKS = itertools.count()
+
+
+@contextmanager
+def stack_maker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackMaker]:
+    """Make stacks, which end with the context: `laptop` is SQLite, a folder queue and a folder; `production` is Postgres, Redis and S3."""
     with ExitStack() as cleanup:
-        count = 0
 
         def make(kind: str, **settings: str) -> Stack:
-            nonlocal count
-            count += 1
             folder = tmp_path_factory.mktemp(f"stack-{kind}")
             if kind == "laptop":
                 floors = {
@@ -118,7 +119,7 @@ def make_stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
             else:
                 floors = {
                     "UNPOISON_DATABASE_URL": cleanup.enter_context(stacks.fresh_postgres(request.getfixturevalue("postgres_server"))),
-                    "UNPOISON_QUEUE_URL": f"{request.getfixturevalue('redis_server')}/{count % 16}",
+                    "UNPOISON_QUEUE_URL": f"{request.getfixturevalue('redis_server')}/{next(STACKS) % 16}",
                     "UNPOISON_OBJECTS_URL": f"{request.getfixturevalue('s3_server')}/{folder.name}",
                 }
             made = Stack(folder, {"UNPOISON_DATA_FOLDER": str(folder), **FAST, **floors, **settings})
@@ -128,19 +129,33 @@ def make_stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         yield make
 
 
+@pytest.fixture
+def make_stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackMaker]:
+    """Make stacks for one test."""
+    with stack_maker(request, tmp_path_factory) as make:
+        yield make
+
+
+@pytest.fixture(scope="session")
+def make_shared_stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackMaker]:
+    """Make stacks that last as long as the session."""
+    with stack_maker(request, tmp_path_factory) as make:
+        yield make
+
+
 @pytest.fixture(scope="session", params=["laptop", "production"])
-def service(request: pytest.FixtureRequest, make_stack: StackMaker) -> Stack:
+def service(request: pytest.FixtureRequest, make_shared_stack: StackMaker) -> Stack:
     """An API and a worker of each kind, shared by the session."""
-    made = make_stack(request.param)
+    made = make_shared_stack(request.param)
     made.start_api()
     made.start_worker()
     return made
 
 
 @pytest.fixture(scope="session")
-def api(make_stack: StackMaker) -> Stack:
+def api(make_shared_stack: StackMaker) -> Stack:
     """An API without a worker: jobs stay queued."""
-    made = make_stack("laptop", UNPOISON_MAX_UPLOAD_BYTES="3000000")
+    made = make_shared_stack("laptop", UNPOISON_MAX_UPLOAD_BYTES="3000000")
     made.start_api()
     return made
 
