@@ -16,7 +16,7 @@ demo: .venv/ready ## backdoor a small model, purify it through the service, prin
 	@$(BIN)/python -m benchmarks.demo
 
 test: .venv/ready ## every test, on every database, queue and object store
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/ready ## format, lint, types, import contracts, generated documents
 	$(BIN)/ruff format --check .

@@ -110,7 +110,7 @@ def main() -> int:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     setting = Setting(
         dataset=table["dataset"], preprocessing=table["preprocessing"], clean_fraction=table.get("clean_fraction", 0.05), device=device,
-        epochs=options.epochs, **table[options.budget],
+        **table[options.budget] | ({"epochs": options.epochs} if options.epochs else {}),
     )  # fmt: skip
     cells = list(planned(table, setting, options.seeds))
     try:

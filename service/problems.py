@@ -39,6 +39,7 @@ CATALOGUE = {
     "not_terminal": Kind(409, "The job is still under way"),
     "in_use": Kind(409, "Something still needs it"),
     "offset_mismatch": Kind(409, "The upload goes on elsewhere"),
+    "upload_mode": Kind(409, "The upload's parts go another way"),
     "not_ready": Kind(409, "The upload cannot be used"),
     "too_large": Kind(413, "The body is too large"),
     "unsupported_media_type": Kind(415, "The body has an unsupported media type"),

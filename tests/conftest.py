@@ -22,6 +22,15 @@ from tests import stack as stacks
 from tests.stack import FAST, Stack
 
 SHARED = Path(os.environ.get("UNPOISON_SHARED", stacks.ROOT.parent / "shared"))
+LONG = (
+    "worker/test_chaos",
+    "core/test_run",
+    "service/test_openapi",
+    "end_to_end/test_cleansing",
+    "client/test_cli",
+    "end_to_end/test_job",
+    "core/test_published",
+)
 TARGET = 5
 QUICK = {"method": "mcldef", "target": TARGET, "inversion_epochs": 6, "epochs": 3}
 
@@ -34,6 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"the published model and CIFAR-10 are not in {SHARED} (set UNPOISON_SHARED)"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    # Files run two at a time: a long one that begins last would run alone.
+    items.sort(key=lambda item: next((place for place, name in enumerate(LONG) if name in item.nodeid), len(LONG)))
 
 
 @pytest.fixture(scope="session")

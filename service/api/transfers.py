@@ -69,7 +69,7 @@ def get(upload_id: str, opened: Opened, caller: Reading) -> Any:
 
 
 @router.post(
-    "/{upload_id}/urls", response_model=schemas.PartUrls, responses=documented("not_found", "invalid_parameters"), operation_id="sign_upload",
+    "/{upload_id}/urls", response_model=schemas.PartUrls, responses=documented("not_found", "upload_mode"), operation_id="sign_upload",
     summary="Get URLs for missing parts",
 )  # fmt: skip
 def sign(upload_id: str, opened: Opened, caller: Writing) -> Any:
@@ -77,7 +77,7 @@ def sign(upload_id: str, opened: Opened, caller: Writing) -> Any:
     with opened.database.write() as session:
         row = transfers.renew(session, upload_id, caller.tenant, seconds=opened.settings.transfer_seconds)
         if row.part_bytes is None:
-            raise Problem("invalid_parameters", "This upload's parts come here: PATCH them. Begin one with `mode: direct` for URLs of the object store.")
+            raise Problem("upload_mode", "This upload's parts come here: PATCH them. Begin one with `mode: direct` for URLs of the object store.")
         until = jobs.moment(session) + URL_SECONDS
     missing = [] if row.result_id is not None else transfers.missing(row, opened.objects.parts(row.id))
     urls = [schemas.PartUrl(offset=offset, bytes=size, url=opened.objects.sign_part(row.id, offset, URL_SECONDS)) for offset, size in missing[:URLS]]
@@ -85,14 +85,14 @@ def sign(upload_id: str, opened: Opened, caller: Writing) -> Any:
 
 
 @router.patch(
-    "/{upload_id}", status_code=204, responses=documented("malformed_body", "not_found", "offset_mismatch", "too_large", "storage_full"), openapi_extra=BODY,
+    "/{upload_id}", status_code=204, responses=documented("malformed_body", "not_found", "offset_mismatch", "too_large", "storage_full", "upload_mode"), openapi_extra=BODY,
     operation_id="append_upload", summary="Send a part",
 )  # fmt: skip
 async def append(upload_id: str, request: Request, opened: Opened, caller: Writing, upload_offset: Offset) -> Response:
     """Add bytes at `Upload-Offset`. If the connection breaks, what had arrived is kept: ask for the offset and go on there."""
     row = await asyncio.to_thread(_get, opened, caller, upload_id)
     if row.part_bytes is not None:
-        raise Problem("invalid_parameters", "This upload's parts go to the URLs of `…/urls`, not here.")
+        raise Problem("upload_mode", "This upload's parts go to the URLs of `…/urls`, not here.")
     if row.offset != upload_offset or row.result_id is not None:
         raise OffsetMismatch(f"the upload goes on at byte {row.offset}, not at {upload_offset}", row.offset)
     received = await receive_part(request, opened.objects.incoming(opened.settings.scratch), limit=row.bytes - row.offset)

@@ -133,6 +133,7 @@ PROVOKED: list[tuple[str, str, Callable[[World], httpx.Response]]] = [
     ("not_terminal", "cancel it first", lambda w: w.http.delete(f"/v1/jobs/{w.made()}")),
     ("not_terminal", "wait for its end", lambda w: w.http.post(f"/v1/jobs/{w.made()}/retry")),
     ("in_use", "needs model", in_use),
+    ("upload_mode", "parts come here", lambda w: w.http.post(f"{w.begun()}/urls")),
     ("offset_mismatch", "0 of 5 bytes", lambda w: w.http.post(f"{w.begun()}/complete", json={"sha256": "0" * 64})),
     ("offset_mismatch", "goes on at byte 0", lambda w: w.http.patch(w.begun(), content=b"x", headers={"Upload-Offset": "3"})),
     ("too_large", "3000000", lambda w: w.http.post("/v1/uploads", json={"kind": "model", "bytes": 3_000_001})),
