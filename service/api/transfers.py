@@ -78,6 +78,8 @@ def sign(upload_id: str, opened: Opened, caller: Writing) -> Any:
         row = transfers.renew(session, upload_id, caller.tenant, seconds=opened.settings.transfer_seconds)
         if row.part_bytes is None:
             raise Problem("upload_mode", "This upload's parts come here: PATCH them. Begin one with `mode: direct` for URLs of the object store.")
+        if not opened.objects.signs:
+            raise Problem("upload_mode", "This service has stopped signing URLs; delete the upload and begin it again.")
         until = jobs.moment(session) + URL_SECONDS
     missing = [] if row.result_id is not None else transfers.missing(row, opened.objects.parts(row.id))
     urls = [schemas.PartUrl(offset=offset, bytes=size, url=opened.objects.sign_part(row.id, offset, URL_SECONDS)) for offset, size in missing[:URLS]]

@@ -236,6 +236,10 @@ def test_large_files_go_straight_to_the_object_store(direct: Stack, tmp_path: Pa
         # Parts that come late, to a URL that still works, go with the next tidying; those of an open upload stay.
         where = begin_direct(transport._http, path)
         first = transport._http.post(f"{where}/urls").json()["data"][0]
+        kill(direct.processes[0])
+        direct.environment["UNPOISON_UPLOAD_ENDPOINT"] = ""
+        direct.start_api()
+        assert transport._http.post(f"{where}/urls").json()["code"] == "upload_mode"
         for url in (str(there[0].url), first["url"]):
             assert httpx.put(url, content=b"x" * 100_000).status_code == 200
         supervisor.tidy(Settings(data_folder=direct.folder), direct.database, direct.objects)
