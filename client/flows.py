@@ -22,7 +22,10 @@ TERMINAL = frozenset({"succeeded", "failed", "crashed", "cancelled"})
 
 @dataclass(frozen=True)
 class Request:
-    """One HTTP request; a `path` that is a whole URL belongs to somebody else, who never sees the API key. `upload` streams a file (or its `part`: start and length) as the body, `download` writes the answer's body to a file."""
+    """One HTTP request; `upload` streams a file (or its `part`: start and length) as the body, `download` writes the answer's body to a file.
+
+    A `path` that is a whole URL belongs to somebody else, who never sees the API key.
+    """
 
     method: str
     path: str
@@ -97,20 +100,24 @@ def in_parts(kind: str, path: Path, params: Json, resize: int | None, progress: 
 def _to_the_store(where: str, path: Path, progress: Progress | None) -> Flow:
     """Send what is missing until nothing is; return False when the store cannot be reached from here."""
     sent, failures = False, 0
-    while missing := (yield Request("POST", f"{where}/urls")).json["data"]:
-        for part in missing:
-            try:
+    while True:
+        asked: Json | None = None
+        try:
+            asked = (yield Request("POST", f"{where}/urls")).json
+            if not asked["data"]:
+                return True
+            for part in asked["data"]:
                 yield Request("PUT", part["url"], upload=path, part=(part["offset"], part["bytes"]), progress=progress)
-            except (ConnectionFailed, ApiError):
-                failures += 1
-                if not sent and failures > 1:
-                    return False
-                if failures > PATIENCE:
-                    raise
-                yield Pause(min(0.2 * 2**failures, 10.0))
-                break
-            sent, failures = True, 0
-    return True
+                sent, failures = True, 0
+        except (ConnectionFailed, ApiError) as error:
+            failures += 1
+            if asked is None and isinstance(error, ApiError):
+                raise
+            if asked is not None and not sent and failures > 1:
+                return False
+            if failures > PATIENCE:
+                raise
+            yield Pause(min(0.2 * 2**failures, 10.0))
 
 
 def _through_the_service(where: str, path: Path, progress: Progress | None) -> Flow:
