@@ -83,7 +83,10 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 
 
 class Audit:
-    """Notes who changed or took away what, when the answer is known; plain ASGI, inside of `RequestIds`."""
+    """Notes who changed or took away what, before the answer leaves; plain ASGI, inside of `RequestIds`.
+
+    Before, so that whoever has an answer finds its deed in the log, and deeds that followed one another stand in that order.
+    """
 
     def __init__(self, app: Any, opened: Context) -> None:
         self._app, self._opened = app, opened
@@ -95,17 +98,23 @@ class Audit:
         async def seen(message: Message) -> None:
             if message["type"] == "http.response.start":
                 answer.update(message)
+                await self._note(scope, answer)
             await send(message)
 
         try:
             await self._app(scope, receive, seen)
         finally:
-            caller = scope.get("state", {}).get("caller")
-            action = getattr(scope.get("route"), "operation_id", None)
-            if caller is not None and action and (scope["method"] not in ("GET", "HEAD") or action in DOWNLOADS):
-                await asyncio.to_thread(self._note, scope, caller, action, answer)
+            # A caller who went away before the answer may have done something all the same.
+            if not answer:
+                await self._note(scope, answer)
 
-    def _note(self, scope: Scope, caller: Caller, action: str, answer: Message) -> None:
+    async def _note(self, scope: Scope, answer: Message) -> None:
+        caller = scope.get("state", {}).get("caller")
+        action = getattr(scope.get("route"), "operation_id", None)
+        if caller is not None and action and (scope["method"] not in ("GET", "HEAD") or action in DOWNLOADS):
+            await asyncio.to_thread(self._write, scope, caller, action, answer)
+
+    def _write(self, scope: Scope, caller: Caller, action: str, answer: Message) -> None:
         headers = {name.lower(): value for name, value in answer.get("headers", ())}
         made = headers.get(b"location", b"").decode("latin-1").rsplit("/", 1)[-1]
         # What a stranger wrote into the path is noted only if it could be an id.
@@ -118,7 +127,7 @@ class Audit:
                     request_id=scope["state"].get("request_id", ""), address=(scope.get("client") or ("",))[0],
                 )  # fmt: skip
         except StoreError as error:
-            # The deed is done and its answer sent; what is lost here must at least be in the process's log.
+            # The deed is done and its answer stands; what is lost here must at least be in the process's log.
             logger.error("not in the audit log", action=action, subject=subject, key_id=caller.key_id, error=error.detail)
 
 

@@ -337,10 +337,6 @@ def test_the_audit_log_says_who_did_what(api: Stack, case: Case) -> None:
         with pytest.raises(NotFound):
             client.models.delete(uploaded.model["id"])
         raw(client).delete("/v1/models/%00%3Cscript%3E" + "x" * 500)
-        # An entry is written after its answer.
-        until = time.monotonic() + 5
-        while len(client.audit.list()) < 9 and time.monotonic() < until:
-            time.sleep(0.05)
         noted = [(entry["action"], entry["subject"], entry["status"]) for entry in reversed(client.audit.list())]
         model = uploaded.model["id"]
         assert noted == [
