@@ -86,7 +86,8 @@ class FixedCost:
 
     Args:
         count: labels. shape: (C, H, W).
-        patience: a label ends after more than this many passes without a new smallest mask norm.
+        patience: a label ends after more than this many passes without a smaller mask norm.
+        tolerance: share by which a norm must fall below the last one that did, to count as smaller; 0 as published.
         scale, offset: (C,) the pattern is `offset + scale * p` with p in [0, 1]; (1, 0) is pixel space.
     """
 
@@ -103,6 +104,7 @@ class FixedCost:
         patience: int,
         scale: torch.Tensor,
         offset: torch.Tensor,
+        tolerance: float = 0.0,
     ) -> None:
         device = scale.device
         self._pattern = torch.rand(count, *shape, generator=generator).to(device).requires_grad_()
@@ -110,7 +112,7 @@ class FixedCost:
         self.parameters = [self._mask, self._pattern]
         self.cost = torch.full((count,), weight, device=device)
         self._scale, self._offset = scale[:, None, None], offset[:, None, None]
-        self._patience = patience
+        self._patience, self._tolerance = patience, tolerance
         self._best = torch.full((count,), float("inf"), device=device)
         self._stalled = torch.zeros(count, device=device)
         self._success = torch.zeros(count, device=device)
@@ -126,10 +128,10 @@ class FixedCost:
                 parameter.clamp_(0, 1)
 
     def update(self, success: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-        """Count passes without a new smallest norm."""
+        """Count passes without a smaller norm."""
         self._success.copy_(success)
-        better = norms < self._best
-        self._best.copy_(torch.minimum(self._best, norms))
+        better = norms < self._best * (1 - self._tolerance)
+        self._best.copy_(torch.where(better, norms, self._best))
         self._stalled.add_(1).masked_fill_(better, 0)
         return self._stalled > self._patience
 

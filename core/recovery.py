@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -43,9 +44,16 @@ class Recovery(Tuning):
         description="`normalized_clip01` blends after normalisation with patterns in [0, 1], as the published code does.",
     )
     mask_weight: float = Field(default=0.01, gt=0, le=10, title="Mask weight", description="lambda of Eq. 2.")
-    inversion_epochs: int = Field(default=60, ge=1, le=10_000, title="Inversion epochs", description="As published: 100.")
+    inversion_epochs: int = Field(default=100, ge=1, le=10_000, title="Inversion epochs", description="At most; inversion stops when the mask does not shrink.")
     inversion_batch: int = Field(default=64, ge=1, le=4096, title="Inversion batch")
-    patience: int = Field(default=30, ge=1, le=10_000, title="Patience", description="Epochs without a smaller mask before inversion stops.")
+    patience: int = Field(
+        default=200,
+        ge=1,
+        le=100_000,
+        title="Patience",
+        description="Steps without a smaller mask before inversion stops. As published: 30 epochs, which are 1,200 steps on 2,500 images.",
+    )
+    tolerance: float = Field(default=0.05, ge=0, lt=1, title="Tolerance", description="Share by which a mask must shrink to count as smaller. As published: 0.")
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,8 @@ def _invert(run: Run, teacher: Classifier, clean: ImageSet, target: int, params:
         (channels, height, width),
         run.generator("invert trigger", "start"),
         weight=params.mask_weight,
-        patience=params.patience,
+        patience=math.ceil(params.patience / math.ceil(len(clean) / params.inversion_batch)),
+        tolerance=params.tolerance,
         scale=scale,
         offset=offset,
     )

@@ -12,20 +12,20 @@ import pytest
 from tests.stack import ROOT, Stack
 
 
-def schemathesis(stack: Stack, folder: Path, *more: str) -> None:
+def schemathesis(stack: Stack, *more: str) -> None:
     command = [
         str(Path(sys.executable).parent / "schemathesis"), "run", f"{stack.url}/openapi.json", "--header", f"Authorization: Bearer {stack.make_key()}",
-        "--max-examples", os.environ.get("UNPOISON_EXAMPLES", "10"), "--seed", "7", "--no-color", "--request-timeout", "30", *more,
+        "--max-examples", os.environ.get("UNPOISON_EXAMPLES", "10" if stack.environment["UNPOISON_QUEUE_URL"].startswith("filesystem:") else "4"), "--seed", "7", "--no-color", "--request-timeout", "30", *more,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 @pytest.mark.timeout(600)
-def test_schemathesis_finds_nothing(service: Stack, tmp_path: Path) -> None:
+def test_schemathesis_finds_nothing(service: Stack) -> None:
     # Revoking keys comes apart: schemathesis revokes the key it works with, and is a stranger from then on.
-    schemathesis(service, tmp_path, "--exclude-operation-id", "revoke_key")
-    schemathesis(service, tmp_path, "--include-path-regex", "keys")
+    schemathesis(service, "--exclude-operation-id", "revoke_key")
+    schemathesis(service, "--include-path-regex", "keys")
 
 
 def test_the_committed_document_is_current(api: Stack) -> None:

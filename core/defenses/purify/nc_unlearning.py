@@ -16,7 +16,6 @@ class NCUnlearning(Recovery):
     """Parameters; the defaults are those of MCLDef's comparison."""
 
     method: Literal["nc_unlearning"]
-    inversion_epochs: int = Field(default=100, ge=1, le=10_000, title="Inversion epochs")
     share: float = Field(default=0.2, gt=0, le=1, title="Stamped share", description="Of each mini-batch.")
 
 
