@@ -137,10 +137,11 @@ def planned(table: dict[str, Any], setting: Setting, seeds: int) -> Iterator[Cel
 
     for seed in range(seeds):
         for row in sorted(table["rows"], key=needs_surrogate):
-            for column in columns:
+            for column in (one for one in columns if row["name"] in one.get("rows", [row["name"]])):
                 # A row may ask for a longer training than its table's; its name says so.
                 own = replace(setting, epochs=row["epochs"]) if "epochs" in row and setting.epochs is None else setting
-                yield Cell(own, row["name"], row.get("attack"), column["name"], column.get("defense"), seed)
+                defense = {**column["defense"], **row.get("defense", {}).get(column["name"], {})} if "defense" in column else None
+                yield Cell(own, row["name"], row.get("attack"), column["name"], defense, seed)
 
 
 def measure(cells: list[Cell], jobs: int) -> None:

@@ -25,11 +25,13 @@ def rate(hits: int, count: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def predict(classifier: Classifier, images: torch.Tensor, *, batch_size: int = 500, mixed: bool = False) -> torch.Tensor:
+def predict(classifier: Classifier, images: torch.Tensor, *, batch_size: int | None = None, mixed: bool = False) -> torch.Tensor:
     """Return the predicted classes (N,) of uint8 images (N, C, H, W), in eval mode and (by default) full precision."""
     was_training = classifier.training
     classifier.eval()
     device = next(classifier.parameters()).device
+    # Activations of a hundred images still fit into a processor's caches.
+    batch_size = batch_size or (500 if device.type == "cuda" else 100)
     found = []
     for chunk in images.split(batch_size):
         with mixed_precision(device, enabled=mixed):
