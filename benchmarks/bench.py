@@ -329,7 +329,7 @@ def write(name: str, budget: str, table: dict[str, Any], setting: Setting, cells
     lines += rendered_splits(table, found) if table.get("of") == "splits" else rendered(table, found)
     lines += [
         "",
-        f"Percent, mean ± standard deviation over n seeds; worst class: the change, in points, of the class that lost most; seconds of the defense, or of making the victim. {machines(found)}",
+        f"Percent, mean ± standard deviation over n seeds; without trigger: how often the same images are taken for the target without it; worst class: the change, in points, of the class that lost most; seconds of the defense, or of making the victim. {machines(found)}",
         "",
     ]
     lines += [*(f"- {note}" for note in table.get("notes", [])), ""]
@@ -344,8 +344,8 @@ def write(name: str, budget: str, table: dict[str, Any], setting: Setting, cells
 def rendered(table: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
     """Return the Markdown rows: ours beside the paper's."""
     lines = [
-        "| attack | after | setting of | BA | BA, target excluded | ASR | PA | worst class | poisoned | n | seconds | paper: BA | paper: ASR |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| attack | after | setting of | BA | BA, target excluded | ASR | without trigger | PA | worst class | poisoned | n | seconds | paper: BA | paper: ASR |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in table["rows"]:
         for column in [PLAIN, *(one["name"] for one in table.get("columns", []))]:
@@ -361,7 +361,7 @@ def rendered(table: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
             seconds = statistics.mean(one["defense_seconds"] if "defense_seconds" in one else one["victim_seconds"] for one in cells)
             lines.append(
                 f"| {row['name']} | {'' if column == PLAIN else column}{' '.join(['', *refused])} | {row.get('from', '')} | {spread(shown, 'ba')} | {spread(shown, 'ba_excluding_target')} | "
-                f"{spread(shown, 'asr')} | {spread(shown, 'pa')} | {worst(cells)} | {counts['n_poisoned'] if counts else ''} | {len(cells)} | {seconds:.0f} | "
+                f"{spread(shown, 'asr')} | {spread(shown, 'asr_without_trigger')} | {spread(shown, 'pa')} | {worst(cells)} | {counts['n_poisoned'] if counts else ''} | {len(cells)} | {seconds:.0f} | "
                 f"{marked} | {paper.get('asr', '')} |"
             )
     return lines

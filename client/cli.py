@@ -334,7 +334,7 @@ def report(job: Id) -> None:
         print(json.dumps(found))
         return
     table = Table("", "before", "after")
-    for name in ("ba", "ba_excluding_target", "asr", "pa"):
+    for name in ("ba", "ba_excluding_target", "asr", "asr_without_trigger", "pa"):
         cells = [_rate((found[when] or {}).get(name)) for when in ("before", "after")]
         if any(cells):
             table.add_row(name, *cells)

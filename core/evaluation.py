@@ -12,6 +12,9 @@ from core.images import ImageSet, as_floats
 from core.poisoning import Triggered
 from core.training import mixed_precision
 
+# What `evaluate` may measure beside `per_class`, in the order it is shown.
+RATES = ("ba", "ba_excluding_target", "asr", "asr_without_trigger", "pa")
+
 
 def rate(hits: int, count: int) -> dict[str, Any]:
     """Return `{value, hits, n, low, high}`: a share in [0, 1] with its 95 % Wilson interval; value is None for n = 0."""
@@ -44,11 +47,13 @@ def evaluate(classifier: Classifier, test: ImageSet, triggered: Triggered | None
     """Measure a classifier on labelled clean images and, if there are any, on triggered ones.
 
     Returns rates (see `rate`): `ba` over all images, `per_class`; with triggered images `ba_excluding_target` (all-to-one),
-    `asr` (predicted as the attacker wants) and `pa` (predicted as their true class). `asr` here is always *measured*.
+    `asr` (predicted as the attacker wants), `pa` (predicted as their true class) and, all-to-one, `asr_without_trigger`: how often the
+    same images are taken for the target without the trigger, which no purification can be expected to undercut. `asr` here is always *measured*.
     """
     assert test.labels is not None
     labels = test.labels.cpu()
-    right = predict(classifier, test.images, mixed=mixed).cpu() == labels
+    predicted = predict(classifier, test.images, mixed=mixed).cpu()
+    right = predicted == labels
     result: dict[str, Any] = {
         "ba": rate(int(right.sum()), len(right)),
         "per_class": [rate(int(right[labels == c].sum()), int((labels == c).sum())) for c in range(classifier.classes)],
@@ -57,6 +62,7 @@ def evaluate(classifier: Classifier, test: ImageSet, triggered: Triggered | None
         if triggered.target is not None:
             others = labels != triggered.target
             result["ba_excluding_target"] = rate(int(right[others].sum()), int(others.sum()))
+            result["asr_without_trigger"] = rate(int((predicted[others] == triggered.target).sum()), int(others.sum()))
         found = predict(classifier, triggered.images, mixed=mixed).cpu()
         result["asr"] = rate(int((found == triggered.wanted.cpu()).sum()), len(found))
         result["pa"] = rate(int((found == triggered.labels.cpu()).sum()), len(found))

@@ -347,7 +347,7 @@ def _check_classes(data: ImageSet, classes: int, role: str) -> None:
 
 
 def _announce(run: Run, when: str, measured: dict[str, Any] | None) -> None:
-    for name in ("ba", "ba_excluding_target", "asr", "pa"):
+    for name in evaluation.RATES:
         if measured and name in measured:
             run.metric(name, measured[name]["value"], when=when, **{k: measured[name][k] for k in ("hits", "n", "low", "high")})
 

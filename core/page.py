@@ -18,7 +18,13 @@ from core.images import ImageSet, as_floats
 from core.poisoning import Triggered
 from core.run import Run
 
-RATES = (("ba", "Benign accuracy"), ("ba_excluding_target", "… without the target class"), ("asr", "Attack success rate"), ("pa", "Patched accuracy"))
+RATES = (
+    ("ba", "Benign accuracy"),
+    ("ba_excluding_target", "… without the target class"),
+    ("asr", "Attack success rate"),
+    ("asr_without_trigger", "… of the same images without the trigger"),
+    ("pa", "Patched accuracy"),
+)
 WIDTH, HEIGHT = 320, 180
 POINTS, POISONED = 240, 60
 # Images of a training set in the figure of its embedding, and the most suspicious ones that are shown.

@@ -21,7 +21,7 @@ def test_counts_equal_a_plain_loop() -> None:
     assert test.labels is not None
     trigger = poisoning.declared(attack, (3, 8, 8), 3)
     found = evaluation.evaluate(model, test, poisoning.triggered(test, trigger, 3))
-    right = hits = kept = excluded = 0
+    right = hits = kept = excluded = mistaken = 0
     with torch.no_grad():
         for image, label in zip(test.images, test.labels, strict=True):
             clean = int(model(image[None].float() / 255).argmax())
@@ -31,9 +31,11 @@ def test_counts_equal_a_plain_loop() -> None:
                 hits += patched == 1
                 kept += patched == label
                 excluded += clean == label
+                mistaken += clean == 1
     assert (found["ba"]["hits"], found["ba"]["n"]) == (right, 60)
     assert (found["asr"]["hits"], found["asr"]["n"]) == (hits, 40)
     assert (found["pa"]["hits"], found["ba_excluding_target"]["hits"]) == (kept, excluded)
+    assert (found["asr_without_trigger"]["hits"], found["asr_without_trigger"]["n"]) == (mistaken, 40)
     assert found["asr"]["value"] + found["pa"]["value"] <= 1
     assert sum(one["hits"] for one in found["per_class"]) == right
 
