@@ -1,7 +1,8 @@
 """The published MCLDef case through the running service: `python -m benchmarks.published_mcldef`.
 
 Uploads the authors' backdoored WRN-16-1, 5 % of the CIFAR-10 training images and the test set, purifies with MCLDef under
-three seeds (the seed also draws the clean images), and compares with the paper. The last line is one JSON object.
+three seeds (the seed also draws the clean images), with its defaults and without the calibration that the paper lacks, and compares
+with the paper. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import sys
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import service
+from benchmarks.bench import machine
 from client import Client
 from client.resources import succeeded
 
@@ -28,11 +29,13 @@ CIFAR = SHARED / "data" / "cifar10"
 TARGET = 5
 PAPER = {"asr": 0.0222, "ba_excluding_target": 0.8219}
 PAPER_TRUE = {"asr": 0.0066, "ba_excluding_target": 0.8324}
-MEASURES = ("ba", "ba_excluding_target", "asr")
+MEASURES = ("ba", "ba_excluding_target", "asr", "asr_without_trigger")
+# The paper's method has no calibration; it is compared without.
+VARIANTS: dict[str, dict[str, Any]] = {"defaults": {}, "not calibrated": {"calibrate": False}}
 
 
 def main() -> int:
-    """Run the benchmark; return 0 when the paper's numbers are reached on average."""
+    """Run the benchmark; return 0 when, on average, the paper's numbers are reached without calibration, and with it no class is given away."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--param", action="append", default=[], metavar="KEY=VALUE", help="a parameter of MCLDef")
@@ -48,28 +51,40 @@ def main() -> int:
     with service.running(folder / "service") as client:
         model = client.models.upload(CASE)
         test = client.datasets.upload(CIFAR / "test.zip")
-        runs = [run(client, model, test, clean_images(folder, seed), seed, params) for seed in range(options.seeds)]
+        runs = {
+            name: [run(client, model, test, clean_images(folder, seed), seed, {**variant, **params}, name) for seed in range(options.seeds)]
+            for name, variant in VARIANTS.items()
+        }
         inspection = None if options.no_inspect else inspect(client, model, client.datasets.upload(clean_images(folder, 0)))
     summary: dict[str, Any] = {
-        "before": average([one["before"] for one in runs]),
-        "after": average([one["after"] for one in runs]),
+        "before": runs["defaults"][0]["before"],
+        "after": {
+            name: {
+                **average([one["after"] for one in found]),
+                "spread": {measure: statistics.pstdev(one["after"][measure]["value"] for one in found) for measure in MEASURES},
+                "worst_class": statistics.mean(worst_class(one) for one in found),
+                "seconds": round(statistics.mean(one["seconds"] for one in found), 1),
+            }
+            for name, found in runs.items()
+        },
         "target": inspection["target"] if inspection else TARGET,
-        "recognised": runs[0]["recognised"],
-        "seconds": round(statistics.mean(one["seconds"] for one in runs), 1),
-        "spread": {name: statistics.pstdev(one["after"][name]["value"] for one in runs) for name in MEASURES},
+        "recognised": runs["defaults"][0]["recognised"],
         "paper": {"MCLDef": PAPER, "MCLDef(True)": PAPER_TRUE},
         "inspection": inspection,
         "params": params,
-        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()},
+        "machine": machine(),
         "seeds": runs,
     }
     table(summary)
     if options.out:
         options.out.write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary))
-    after = summary["after"]
-    reached = after["asr"]["value"] <= PAPER["asr"] and after["ba_excluding_target"]["value"] >= PAPER["ba_excluding_target"]
-    return 0 if reached and (inspection is None or inspection["target"] == TARGET) else 1
+    bare, ours, before = summary["after"]["not calibrated"], summary["after"]["defaults"], summary["before"]
+    reached = bare["asr"]["value"] <= PAPER["asr"] and bare["ba_excluding_target"]["value"] >= PAPER["ba_excluding_target"]
+    kept = (
+        ours["asr"]["value"] <= before["asr_without_trigger"]["value"] and ours["ba"]["value"] >= before["ba"]["value"] - 0.01 and ours["worst_class"] >= -0.05
+    )
+    return 0 if reached and kept and (inspection is None or inspection["target"] == TARGET) else 1
 
 
 def clean_images(folder: Path, seed: int) -> Path:
@@ -85,7 +100,7 @@ def clean_images(folder: Path, seed: int) -> Path:
     return path
 
 
-def run(client: Client, model: Any, test: Any, images: Path, seed: int, params: dict[str, Any]) -> dict[str, Any]:
+def run(client: Client, model: Any, test: Any, images: Path, seed: int, params: dict[str, Any], name: str) -> dict[str, Any]:
     """Purify once; seconds run from the job's creation to its end, as a user waits."""
     clean = client.datasets.upload(images)
     started = time.monotonic()
@@ -109,7 +124,7 @@ def run(client: Client, model: Any, test: Any, images: Path, seed: int, params: 
         "seconds": round(seconds, 1),
         "model_sha256": next(item["sha256"] for item in client.jobs.artifacts(job["id"]) if item["kind"] == "cleaned_model"),
     }
-    print(f"seed {seed}: " + ", ".join(f"{name} {found['after'][name]['value']:.2%}" for name in MEASURES) + f", {seconds:.0f} s", flush=True)
+    print(f"{name}, seed {seed}: " + ", ".join(f"{what} {found['after'][what]['value']:.2%}" for what in MEASURES) + f", {seconds:.0f} s", flush=True)
     return found
 
 
@@ -119,6 +134,11 @@ def inspect(client: Client, model: Any, clean: Any) -> dict[str, Any]:
     job = client.jobs.create(model=model, dataset=clean, defense={"method": "neural_cleanse"})
     findings = succeeded(client.jobs.wait(job["id"], timeout=1800))["results"]["findings"]
     return {name: findings[name] for name in ("verdict", "target", "mask_norms", "anomaly_index")} | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def worst_class(found: dict[str, Any]) -> float:
+    """Return the change of accuracy, as a share, of the class that lost most."""
+    return min(now - was for was, now in zip(found["per_class"]["before"], found["per_class"]["after"], strict=True))
 
 
 def average(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -135,12 +155,14 @@ def average(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(summary: dict[str, Any]) -> None:
     """Print ours beside the paper's."""
-    print(f"\n{'':32}{'BA, not target':>16}{'ASR':>10}{'BA, all':>10}")
-    for title, row in (("before", summary["before"]), (f"after MCLDef, mean of {len(summary['seeds'])}", summary["after"])):
-        print(f"{title:32}{row['ba_excluding_target']['value']:>16.2%}{row['asr']['value']:>10.2%}{row['ba']['value']:>10.2%}")
+    print(f"\n{'':32}{'BA, not target':>16}{'ASR':>10}{'(without trigger)':>20}{'BA, all':>10}{'worst class':>14}{'seconds':>10}")
+    rows = {"before": summary["before"], **{f"MCLDef, {name}, n = {len(summary['seeds'][name])}": row for name, row in summary["after"].items()}}
+    for title, row in rows.items():
+        shown = f"{title:32}{row['ba_excluding_target']['value']:>16.2%}{row['asr']['value']:>10.2%}{row['asr_without_trigger']['value']:>20.2%}{row['ba']['value']:>10.2%}"
+        print(shown + (f"{row['worst_class']:>+14.1%}{row['seconds']:>10.0f}" if "seconds" in row else ""))
     for title, row in (("paper, MCLDef", PAPER), ("paper, MCLDef(True)", PAPER_TRUE)):
         print(f"{title:32}{row['ba_excluding_target']:>16.2%}{row['asr']:>10.2%}")
-    print(f"seconds a run: {summary['seconds']}\n", flush=True)
+    print(flush=True)
 
 
 if __name__ == "__main__":
