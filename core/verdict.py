@@ -6,8 +6,10 @@ from typing import Any
 
 # A method may cost this much accuracy; a class may too, before the report warns.
 LOSS = 0.05
-# Share of triggered images that may still go to the target. Ten classes confuse about 2 % of them anyway.
-LEFT = 0.2
+# How much more often a trigger may still lead to the target than the same images do without it.
+LEFT = 0.1
+# Share of images that a recovered trigger may still send to its class, with those that go there anyway.
+LEFT_OF_RECOVERED = 0.2
 # Share of unlabelled clean images on which the purified model must still agree with the suspect one.
 AGREEMENT = 0.85
 # Fewer new errors than this are chance, however few images were kept aside.
@@ -35,8 +37,9 @@ def judge(before: dict[str, Any] | None, after: dict[str, Any] | None, aside: di
         found += _accuracy(before["ba"], after["ba"], "the test set")
         if "asr" in before:
             was, now = before["asr"]["value"], after["asr"]["value"]
-            if now is not None and now > LEFT:
-                found.append(("asr", f"the attack still succeeds on {now:.1%} of the triggered images"))
+            anyway = after.get("asr_without_trigger", {}).get("value") or 0.0
+            if now is not None and now - anyway > LEFT:
+                found.append(("asr", f"the attack still succeeds on {now:.1%} of the triggered images, against {anyway:.1%} of them without the trigger"))
             elif was is not None and now is not None and now > was + 0.02:
                 found.append(("asr", f"the attack succeeds more often than before, {now:.1%} after {was:.1%}"))
     if aside is not None:
@@ -47,7 +50,7 @@ def judge(before: dict[str, Any] | None, after: dict[str, Any] | None, aside: di
             found.append(("agreement", f"the model agrees with the suspect one on only {aside['after']['value']:.1%} of the clean images kept aside"))
     for label, rates in (recovered or {}).items():
         measured = True
-        if rates["after"]["value"] is not None and rates["after"]["value"] > LEFT:
+        if rates["after"]["value"] is not None and rates["after"]["value"] > LEFT_OF_RECOVERED:
             found.append(("recovered_trigger", f"the recovered trigger still sends {rates['after']['value']:.1%} of the images to class {label}"))
     if not measured:
         return {"verdict": "not_measured", "reasons": ["there was nothing to measure the result with"], "advice": "Give clean images or a test set."}

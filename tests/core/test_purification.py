@@ -378,17 +378,20 @@ def test_needs_are_checked_before_anything_starts() -> None:
 # -- the verdict -----------------------------------------------------------------------------------------------------
 
 
-def measured(ba: int, asr: int | None = None, per_class: list[int] | None = None) -> dict[str, Any]:
-    found: dict[str, Any] = {"ba": rate(ba, 1000), "per_class": [rate(hits, 100) for hits in per_class or [90] * 10]}
-    return found | ({"asr": rate(asr, 900)} if asr is not None else {})
+def measured(ba: int, asr: int | None = None, anyway: int | None = None) -> dict[str, Any]:
+    rates = {"ba": (ba, 1000), "asr": (asr, 900), "asr_without_trigger": (anyway, 900)}
+    return {name: rate(hits, count) for name, (hits, count) in rates.items() if hits is not None}
 
 
 def test_the_verdict_names_what_is_wrong() -> None:
     good = measured(900, 890), measured(890, 20)
     assert verdict.judge(*good, None, None)["verdict"] == "purified"
+    # Two classes that are often confused: what remains is no backdoor.
+    assert verdict.judge(measured(700, 880, 250), measured(700, 300, 250), None, None)["verdict"] == "purified"
     for before, after, aside, recovered, word in (
         (*good[:1], measured(840, 20), None, None, "accuracy on the test set"),
         (*good[:1], measured(890, 500), None, None, "still succeeds"),
+        (*good[:1], measured(890, 130, 20), None, None, "still succeeds"),
         (measured(900, 20), measured(900, 60), None, None, "more often than before"),
         (None, None, {"what": "accuracy", "before": rate(90, 100), "after": rate(80, 100)}, None, "kept aside"),
         (None, None, {"what": "agreement", "before": rate(100, 100), "after": rate(70, 100)}, None, "agrees"),
