@@ -101,8 +101,9 @@ def implicit_gradient(
     """
     on_delta, *direct = torch.autograd.grad(outer, [delta, *weights], retain_graph=True, allow_unused=True)
     on_delta = torch.zeros_like(delta) if on_delta is None else on_delta
-    v = torch.zeros_like(delta)
-    for _ in range(iterations):
+    # The first iteration starts at zero and ends here.
+    v = on_delta
+    for _ in range(iterations - 1):
         v = torch.autograd.grad(fixed_point, delta, v, retain_graph=True)[0] + on_delta
     through = torch.autograd.grad(fixed_point, weights, v, allow_unused=True)
     pairs = zip(direct, through, weights, strict=True)
