@@ -137,7 +137,10 @@ def planned(table: dict[str, Any], setting: Setting, seeds: int) -> Iterator[Cel
 
     for seed in range(seeds):
         for row in sorted(table["rows"], key=needs_surrogate):
-            for column in (one for one in columns if row["name"] in one.get("rows", [row["name"]])):
+            for column in columns:
+                unfit = "attack" not in row and "the row's" in column.get("defense", {}).values()
+                if unfit or row["name"] not in column.get("rows", [row["name"]]):
+                    continue
                 # A row may ask for a longer training than its table's; its name says so.
                 own = replace(setting, epochs=row["epochs"]) if "epochs" in row and setting.epochs is None else setting
                 defense = {**column["defense"], **row.get("defense", {}).get(column["name"], {})} if "defense" in column else None

@@ -32,6 +32,8 @@ def page(method: catalog.Method) -> str:
     """Return the page of one method."""
     described = method.describe()
     lines = [f"# {method.title}", "", f"`{method.name}`, {method.kind.value}. {method.summary}", "", f"*{method.paper}*", ""]
+    if method.caution:
+        lines += [f"**Caution:** {method.caution}", ""]
     if method.needs:
         lines += ["Needs: " + ", ".join(need.value.replace("_", " ") for need in method.needs) + ".", ""]
     lines += ["| parameter | default | bounds | what it does |", "|---|---|---|---|"]

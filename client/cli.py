@@ -171,6 +171,8 @@ def show_method(name: Annotated[str, typer.Argument()]) -> None:
         print(json.dumps(method))
         return
     Console().print(f"[bold]{method['title']}[/bold] ({method['kind']}): {method['summary']}\n{method['paper']}\nneeds: {', '.join(method['needs'])}")
+    if method["caution"]:
+        Console().print(f"caution: {method['caution']}")
     table = Table("parameter", "default", "bounds", "description")
     for key, part in method["params_schema"]["properties"].items():
         if key != "method":

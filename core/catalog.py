@@ -132,6 +132,7 @@ class Method:
         params: the parameter class.
         run: `run(run, inputs, params) -> Outcome`; an attack's is `trigger(images, params, assets) -> images`.
         encoders: whether it also takes self-supervised encoders, whose backbone is handed to it as a classifier without a trained head.
+        caution: what it was measured to cost or to leave, for whoever must choose; empty where nothing stands out.
     """
 
     name: str
@@ -143,6 +144,7 @@ class Method:
     params: type[Params]
     run: Callable[..., Any]
     encoders: bool = False
+    caution: str = ""
 
     def describe(self) -> dict[str, Any]:
         """Return the JSON form of the declaration."""
@@ -154,6 +156,7 @@ class Method:
             "title": self.title,
             "summary": self.summary,
             "paper": self.paper,
+            "caution": self.caution,
             "needs": [need.value for need in self.needs],
             "params_schema": schema,
             "defaults": TypeAdapter(dict[str, Any]).dump_python(defaults, mode="json"),
@@ -183,14 +186,17 @@ class Attack(Method):
 _METHODS: dict[str, Method] = {}
 
 
-def defense(*, title: str, paper: str, needs: tuple[Need, ...], encoders: bool = False) -> Callable[[Callable[[Run, Inputs, Any], Outcome]], Any]:
+def defense(
+    *, title: str, paper: str, needs: tuple[Need, ...], encoders: bool = False, caution: str = ""
+) -> Callable[[Callable[[Run, Inputs, Any], Outcome]], Any]:
     """Register `run(run, inputs, params)` of a file under `core/defenses/KIND/` as a method.
 
     The kind is the folder, the name is the file, the parameters are the class annotated on `params`.
     """
 
     def register(function: Callable[[Run, Inputs, Any], Outcome]) -> Callable[[Run, Inputs, Any], Outcome]:
-        _register(function, Method, kind=Kind(function.__module__.split(".")[-2]), title=title, paper=paper, needs=needs, encoders=encoders)
+        kind = Kind(function.__module__.split(".")[-2])
+        _register(function, Method, kind=kind, title=title, paper=paper, needs=needs, encoders=encoders, caution=caution)
         return function
 
     return register

@@ -217,6 +217,7 @@ class Method(BaseModel):
     title: str
     summary: str
     paper: str
+    caution: str = Field(description="What the method was measured to cost or to leave; empty where nothing stands out.")
     needs: list[str]
     params_schema: dict[str, Any]
     defaults: dict[str, Any]
