@@ -130,6 +130,19 @@ def test_all_labels_at_once_equal_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
         assert torch.allclose(found.patterns[label], pattern, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("tolerance", "ends"),
+    # Of 100, 94, 93, 92, 91, 90, 95, 95, 95, 95: with a tolerance 94 is the last smaller norm, without it 90.
+    [(0.05, 5), (0.0, 9)],
+)
+def test_inversion_ends_when_the_mask_hardly_shrinks(tolerance: float, ends: int) -> None:
+    objective = inversion.FixedCost(2, (3, 8, 8), torch.Generator(), weight=0.01, patience=2, tolerance=tolerance, scale=torch.ones(3), offset=torch.zeros(3))
+    slow, steady = [100, 94, 93, 92, 91, 90, 95, 95, 95, 95], [100 * 0.9**step for step in range(10)]
+    finished = [objective.update(torch.ones(2), torch.tensor(norms)).tolist() for norms in zip(slow, steady, strict=True)]
+    assert [first for first, _ in finished].index(True) + 1 == ends
+    assert not any(second for _, second in finished)
+
+
 def test_finished_labels_keep_their_trigger() -> None:
     model, data = tiny(), some_images()
 
