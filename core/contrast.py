@@ -32,6 +32,14 @@ class Contrast(Tuning):
         description="Weight of a term that holds the student's features of clean images to the teacher's, so that clean accuracy, "
         "above all of the target class, is not given away; 0 is the published method.",
     )
+    settling_epochs: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        title="Settling epochs",
+        description="Epochs afterwards with a clean anchor four times as strong, at a hundredth of the rate. They win accuracy back, and may leave "
+        "a little more of a trigger that was recovered in part.",
+    )
     bn: Literal["train", "frozen", "mixed"] = Field(
         default="train",
         title="BatchNorm mode",
@@ -52,27 +60,28 @@ def eliminate(run: Run, inputs: Inputs, teacher: Classifier, stamp: Stamp, param
     student.head.requires_grad_(False)
     generator = run.generator("contrast", "stamp")
 
-    def loss(images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def loss(images: torch.Tensor, anchor: float) -> torch.Tensor:
         poisoned = stamp(images, generator)
         with torch.no_grad():
             z_clean, z_poisoned = teacher.features(torch.cat([images, poisoned])).chunk(2)
-        if params.bn != "mixed" and not params.anchor:
+        if params.bn != "mixed" and not anchor:
             return model_contrastive(student.features(poisoned), z_clean, z_poisoned, temperature=params.temperature)
         z, z_held = student.features(torch.cat([poisoned, images])).chunk(2)
         held = (1 - F.cosine_similarity(z_held.float(), z_clean.float())).mean()
-        return model_contrastive(z, z_clean, z_poisoned, temperature=params.temperature) + params.anchor * held
+        return model_contrastive(z, z_clean, z_poisoned, temperature=params.temperature) + anchor * held
 
-    history = tune(
-        run,
-        "contrast",
-        inputs,
-        params,
-        loss,
-        model=student,
-        parameters=[parameter for parameter in student.parameters() if parameter.requires_grad],
-        prepare=lambda: student.train(params.bn != "frozen"),
-        state={"stamp": generator},
-    )
+    tuning: dict[str, Any] = {
+        "model": student,
+        "parameters": [parameter for parameter in student.parameters() if parameter.requires_grad],
+        "prepare": lambda: student.train(params.bn != "frozen"),
+        "state": {"stamp": generator},
+    }
+    history = tune(run, "contrast", inputs, params, lambda images, labels: loss(images, params.anchor), **tuning)
+    if params.settling_epochs:
+        student.head.requires_grad_(False)
+        rate, settling = params.learning_rate / 100, params.model_copy(update={"epochs": params.settling_epochs})
+        held_more = 4 * params.anchor
+        history += tune(run, "settle", inputs, settling, lambda images, labels: loss(images, held_more), schedule=training.steps((0, rate)), **tuning)
     return student, history
 
 

@@ -378,9 +378,10 @@ def test_needs_are_checked_before_anything_starts() -> None:
 # -- the verdict -----------------------------------------------------------------------------------------------------
 
 
-def measured(ba: int, asr: int | None = None, anyway: int | None = None) -> dict[str, Any]:
+def measured(ba: int, asr: int | None = None, anyway: int | None = None, per_class: list[int] | None = None) -> dict[str, Any]:
     rates = {"ba": (ba, 1000), "asr": (asr, 900), "asr_without_trigger": (anyway, 900)}
-    return {name: rate(hits, count) for name, (hits, count) in rates.items() if hits is not None}
+    found: dict[str, Any] = {name: rate(hits, count) for name, (hits, count) in rates.items() if hits is not None}
+    return found | {"per_class": [rate(hits, 100) for hits in per_class or [90] * 10]}
 
 
 def test_the_verdict_names_what_is_wrong() -> None:
@@ -406,7 +407,7 @@ def test_the_verdict_names_what_is_wrong() -> None:
 
 
 def test_classes_that_lose_are_named_worst_first() -> None:
-    before, after = measured(900), measured(880, None, [90, 84, 90, 70, 90, 90, 90, 90, 90, 87])
+    before, after = measured(900), measured(880, per_class=[90, 84, 90, 70, 90, 90, 90, 90, 90, 87])
     assert [one["class"] for one in verdict.losers(before, after)] == [3, 1]
     assert verdict.losers(before, before) == []
 

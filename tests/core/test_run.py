@@ -163,7 +163,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "combined": {"passes": 3, "starts": 2, "steps": 4},
     "mcldef": QUICK,
     "mcldef_plus": {**RECOVERED, "correction_epochs": 2},
-    "mcldef_true": {"attack": {"method": "badnets", "target": 5}, "epochs": 3},
+    "mcldef_true": {"attack": {"method": "badnets", "target": 5}, "epochs": 3, "settling_epochs": 2},
     "mesa": {"target": 5, "epochs": 3, "mesa_epochs": 60},
     "nc_unlearning": RECOVERED,
     "fine_tuning": {"epochs": 3},
