@@ -101,6 +101,10 @@ class _Attempt:
                 self._rewrite()
         except Stopped as stop:
             self._kill()
+            if stop.reason != "draining":
+                # Whoever reads that the job has ended finds nothing of it left here; no attempt will want its checkpoints.
+                self._waiting = [event for event in self._waiting if event["type"] != "checkpoint"]
+                self.clear()
             return self._stopped(stop.reason)
         except (NotFound, StoreUnavailable) as error:
             self._kill()
