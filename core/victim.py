@@ -39,9 +39,10 @@ class Recipe:
     augment: bool = False
 
 
-# The papers' own, and one that two CPU cores finish.
+# The papers' own, and two that two CPU cores finish.
 RECIPES = {
     "cpu": Recipe(epochs=6, batch_size=128, rate=0.2, schedule="one_cycle", weight_decay=5e-4, nesterov=True),
+    "cpu-augmented": Recipe(epochs=6, batch_size=128, rate=0.2, schedule="one_cycle", weight_decay=5e-4, nesterov=True, augment=True),
     "mcldef": Recipe(epochs=50, batch_size=64, rate=0.1, schedule="steps", marks=((0, 0.1), (20, 0.01), (35, 0.001))),
     "mcldef-gtsrb": Recipe(epochs=50, batch_size=64, rate=0.01, schedule="steps", marks=((0, 0.01), (20, 0.001), (35, 0.0001))),
     "mcldef-augmented": Recipe(epochs=100, batch_size=64, rate=0.1, schedule="steps", marks=((0, 0.1), (20, 0.01), (70, 0.001)), augment=True),
