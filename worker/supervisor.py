@@ -25,11 +25,11 @@ from store.errors import LostLease, NotFound, StoreUnavailable
 from store.objects import Objects
 from store.settings import Settings
 from store.tables import Artifact, Dataset, Job, Model
+from worker.lease import Lease
 
 logger = structlog.get_logger()
 GRACE_SECONDS = 2.0
 TICK_SECONDS = 0.1
-CANCEL_SECONDS = 0.5
 EXIT_FAILED = 3
 ENGINE = [sys.executable, "-m", "worker.engine"]
 
@@ -59,7 +59,8 @@ def run(
     with structlog.contextvars.bound_contextvars(job_id=job_id, attempt=job.attempt):
         attempt = _Attempt(settings, database, objects, job, draining)
         try:
-            outcome = attempt.run()
+            with attempt.lease:
+                outcome = attempt.run()
         except LostLease:
             outcome = "lost"
         finally:
@@ -86,10 +87,12 @@ class _Attempt:
         self._cleansed: Path | None = None
         self._error: dict[str, Any] | None = None
         self._phase = job.phase
-        self._beaten_at = self._flushed_at = self._asked_at = time.monotonic()
+        self._flushed_at = time.monotonic()
         # The limit is the job's, not the attempt's; the claim has just written both times by the database's clock.
         spent = (job.lease_until or 0.0) - settings.lease_seconds - (job.started_at or 0.0)
         self._deadline = time.monotonic() + job.max_seconds - spent
+        self._patience = max(10 * settings.lease_seconds, 60)
+        self.lease = Lease(settings, database, job, until=self._deadline + 2 * self._patience)
 
     def run(self) -> str:
         """Do it; return what became of the job."""
@@ -148,7 +151,7 @@ class _Attempt:
             (inputs / role).mkdir()
             self._objects.fetch(row.safe_sha256 or "", inputs / role / "dataset.safetensors")
             self._objects.fetch(row.details_sha256 or "", inputs / role / "dataset.json")
-            self._keep_alive()
+            self._check()
         for checkpoint in kept:
             self._objects.fetch(checkpoint.sha256, self._folder / "checkpoints" / checkpoint.name)
         request = self._job.request
@@ -213,36 +216,23 @@ class _Attempt:
                 ended = True
             except queue.Empty:
                 pass
-            self._keep_alive()
+            self._check()
             if self._waiting and (ended or time.monotonic() - self._flushed_at >= 0.5):
                 self._flush()
         return self._child.wait()
 
-    def _keep_alive(self) -> None:
-        """Renew the lease, and stop for a cancel, a deadline or a shutdown.
+    def _check(self) -> None:
+        """Stop for a cancel, the job's time limit, a shutdown, or because the job is another's.
 
-        A database that is away for a while is waited for: whoever took the job meanwhile shows in the fence.
+        Raises `Stopped`, `LostLease`.
         """
-        moment = time.monotonic()
+        if self.lease.lost:
+            raise LostLease(f"attempt {self._job.attempt} no longer owns job {self._job.id}")
         if self._draining():
             raise Stopped("draining")
-        if moment > self._deadline:
+        if time.monotonic() > self._deadline:
             raise Stopped("timeout")
-        if moment - self._asked_at < min(CANCEL_SECONDS, self._settings.beat_seconds):
-            return
-        self._asked_at = moment
-        try:
-            if moment - self._beaten_at >= self._settings.beat_seconds:
-                with self._database.write() as session:
-                    cancelled = jobs.beat(session, self._job.id, self._job.attempt, lease_seconds=self._settings.lease_seconds)
-                self._beaten_at = moment
-            else:
-                with self._database.read() as session:
-                    cancelled = jobs.cancel_requested(session, self._job.id, self._job.attempt)
-        except StoreUnavailable as error:
-            logger.warning("cannot renew the lease", error=error.detail)
-            return
-        if cancelled:
+        if self.lease.cancelled:
             raise Stopped("cancel")
 
     def _hear(self, line: bytes) -> None:
@@ -311,7 +301,7 @@ class _Attempt:
         thread.start()
         while thread.is_alive():
             thread.join(TICK_SECONDS)
-            self._keep_alive()
+            self._check()
         if not found or not found[0].ready:
             raise OSError(f"the cleansed data set cannot be written: {found[0].message if found else 'the reader did not start'}")
         shutil.copy(folder / "manifest.jsonl", self._folder / "out" / "manifest.jsonl")
@@ -338,7 +328,6 @@ class _Attempt:
                     created_at=moment,
                 )
             )
-            self._keep_alive_quietly()
         cleaned = next((row for row in rows if row.kind == "cleaned_model"), None)
         model = self._model(report["model"], cleaned, moment) if cleaned is not None else None
         dataset = self._dataset(self._cleansed, moment) if self._cleansed is not None else None
@@ -421,7 +410,7 @@ class _Attempt:
     def _insist(self, act: Callable[[], str]) -> str:
         """Carry out the last write, waiting for a database or store that is away; the fence says if we are too late."""
         pause = 0.5
-        until = time.monotonic() + max(10 * self._settings.lease_seconds, 60)
+        until = time.monotonic() + self._patience
         while True:
             try:
                 if self._waiting:
@@ -433,15 +422,6 @@ class _Attempt:
                 logger.warning("cannot finish yet", error=str(error))
                 time.sleep(pause)
                 pause = min(2 * pause, 5.0)
-                self._keep_alive_quietly()
-
-    def _keep_alive_quietly(self) -> None:
-        """Renew the lease while finishing; a cancel that comes now is too late."""
-        try:
-            with self._database.write() as session:
-                jobs.beat(session, self._job.id, self._job.attempt, lease_seconds=self._settings.lease_seconds)
-        except StoreUnavailable as error:
-            logger.warning("cannot renew the lease", error=error.detail)
 
     def _kill(self) -> None:
         """End the engine's whole process group: politely, then not."""

@@ -126,7 +126,7 @@ def test_a_killed_cleansing_goes_on(make_stack: StackMaker, case: Case, poisoned
                 stack.start_worker()
             job = client.jobs.wait(job["id"], timeout=300)
             assert job["status"] == "succeeded", (job, stack.logs())
-            assert (job["attempt"] > 1) == kill
+            assert not kill or job["attempt"] > 1
             manifest = next(item for item in client.jobs.artifacts(job["id"]) if item["kind"] == "manifest")
             bodies.append({"manifest": manifest["sha256"], "set": client.datasets.get(job["cleansed_dataset_id"])["sha256"]})
         assert bodies[0] == bodies[1]

@@ -91,8 +91,10 @@ def test_polling_with_etag_and_wait(api: Stack, case: Case) -> None:
         started = time.monotonic()
         assert http.get(path, params={"wait": 1}, headers={"If-None-Match": '"1"'}).status_code == 304
         assert 0.9 < time.monotonic() - started < 3
-        threading.Timer(0.5, lambda: client.jobs.cancel(job["id"])).start()
+        later = threading.Timer(0.5, lambda: client.jobs.cancel(job["id"]))
+        later.start()
         changed = http.get(path, params={"wait": 30}, headers={"If-None-Match": '"1"'})
+        later.join()
         assert changed.json()["status"] == "cancelled" and changed.headers["etag"] == '"2"'
         # Once terminal there is nothing to wait for.
         started = time.monotonic()

@@ -259,19 +259,22 @@ def test_a_file_that_does_not_fit_yet_is_read_when_there_is_room(make_stack: Sta
             answer: httpx.Response = http.post("/v1/datasets", content=data, headers={"Content-Type": "application/octet-stream"})
             return answer
 
+        def ready(one: dict[str, Any]) -> None:
+            until = time.monotonic() + 30
+            while (now := client.datasets.get(one["id"]))["status"] != "ready":
+                assert now["status"] == "received" and time.monotonic() < until, (now, stack.logs())
+                time.sleep(0.2)
+
         first = images(2000)
         kept = post(first).json()
-        assert kept["status"] == "ready"
+        ready(kept)
         (small_disk / "filler").write_bytes(b"\0" * 20_000_000)
         # The file itself fits, what is read from it does not; nothing is said against the file.
         waiting = post(images(1900)).json()
         assert (waiting["status"], waiting["refusal"]) == ("received", None)
         assert post(images(3000)).json()["code"] == "storage_full"
         (small_disk / "filler").unlink()
-        until = time.monotonic() + 30
-        while (now := client.datasets.get(waiting["id"]))["status"] != "ready":
-            assert now["status"] == "received" and time.monotonic() < until, (now, stack.logs())
-            time.sleep(0.2)
+        ready(waiting)
         assert http.get(f"/v1/datasets/{kept['id']}/content").content == first
 
 
