@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class Run:
         self.stopping = False
         self._folder = folder
         self._names: set[str] = set()
+        self._scope: tuple[str, ...] = ()
         self._progress_at = 0.0
         if folder is not None:
             for name in ("checkpoints", "out"):
@@ -109,11 +111,20 @@ class Run:
             self._progress_at = now
             self.emit({"type": "progress", "message": phase, "data": {"phase": phase, "step": step, "total": total}})
 
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Put `name` before the names of all stages, steps and generators made inside, for what is done more than once."""
+        outer, self._scope = self._scope, (*self._scope, name)
+        try:
+            yield
+        finally:
+            self._scope = outer
+
     # -- randomness ---------------------------------------------------------------------------------------------
 
     def generator(self, *scope: object) -> torch.Generator:
         """Return a CPU generator whose stream depends on the seed and `scope` alone."""
-        digest = hashlib.sha256(repr((self.seed, *scope)).encode()).digest()
+        digest = hashlib.sha256(repr((self.seed, *self._scope, *scope)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     # -- steps that survive a crash -----------------------------------------------------------------------------
@@ -125,6 +136,7 @@ class Run:
         dictionaries of JSON values. After the loop they hold the final state, whether it ran now or before a crash.
         Stage names must be unique within a job.
         """
+        name = " ".join((*self._scope, name))
         if name in self._names:
             raise ValueError(f"two stages are named {name!r}")
         self._names.add(name)
@@ -132,7 +144,7 @@ class Run:
 
     def once(self, name: str, function: Callable[[], Any]) -> Any:
         """Return `function()` (JSON), computed once even if the job is interrupted afterwards."""
-        path = self.checkpoint_path(name)
+        path = self.checkpoint_path(" ".join((*self._scope, name)))
         found = snapshot.read(path) if path is not None else None
         if found is not None and found[0]["config"] == self.config:
             return found[1]

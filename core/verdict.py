@@ -19,7 +19,7 @@ ADVICE = {
     "accuracy": "Lower the learning rate or the epochs, give more clean images, or try ft_sam.",
     "agreement": "Lower the learning rate or the epochs, give more clean images, or try ft_sam.",
     "recovered_trigger": "Train for more epochs, or try ft_sam, ibau or anp, which do not depend on one recovered trigger.",
-    "asr": "The trigger may be none that a mask can express: try ft_sam, ibau or sau.",
+    "asr": "A mask may express the trigger in part or not at all: try more `rounds` of mcldef, or ft_sam, ibau or sau.",
 }
 
 

@@ -20,6 +20,7 @@ from core.defenses.purify.clp import lipschitz
 from core.defenses.purify.fine_pruning import FinePruning, _prune
 from core.defenses.purify.ft_sam import AdaptiveSam
 from core.defenses.purify.ibau import implicit_gradient
+from core.defenses.purify.mcldef import any_of
 from core.defenses.purify.nad import attention
 from core.defenses.purify.npd import Polarizer
 from core.defenses.purify.sau import SAU, shared_adversarial
@@ -318,6 +319,35 @@ def test_calibration_uses_no_labels_and_can_be_left_out() -> None:
     assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
     different = [name for name, value in one.state_dict().items() if not torch.equal(value, bare.state_dict()[name])]
     assert different == ["network.fc.bias"]
+
+
+def test_rounds_go_on_while_a_small_trigger_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    # An untrained model has no trigger to be found: what is inverted in a pass is about as large as where it began, in every round.
+    monkeypatch.setattr("core.recovery.LEAST_SUCCESS", 0.0)
+    inputs = Inputs(model=model(), clean=noise(40))
+    method = catalog.defenses()["mcldef"]
+
+    def outcome(rounds: int, grown: float) -> catalog.Outcome:
+        monkeypatch.setattr("core.defenses.purify.mcldef.GROWN", grown)
+        params = method.params(method="mcldef", target=1, inversion_epochs=1, epochs=1, batch_size=20, rounds=rounds)
+        return method.run(Run(device="cpu"), inputs, params)
+
+    def same(one: catalog.Outcome, two: catalog.Outcome) -> bool:
+        assert one.model is not None and two.model is not None
+        return all(torch.equal(value, two.model.state_dict()[name]) for name, value in one.model.state_dict().items())
+
+    single, stopped, twice, thrice = outcome(1, 2.5), outcome(3, 0.0), outcome(2, 2.5), outcome(3, 2.5)
+    assert "left" not in single.findings and [len(one.findings["left"]) for one in (stopped, twice, thrice)] == [1, 1, 2]
+    # The one trigger found afterwards was too large to be the backdoor's: the model of the first round stands.
+    assert same(single, stopped) and not same(single, twice) and not same(twice, thrice)
+    assert thrice.findings["left"][0] == twice.findings["left"][0] != thrice.findings["left"][1]
+
+
+def test_each_batch_gets_one_of_the_triggers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    stamp = any_of([lambda images, generator: images + 1, lambda images, generator: images + 2])
+    seen = [float(stamp(torch.zeros(1), generator)) for _ in range(50)]
+    assert set(seen) == {1.0, 2.0}
 
 
 # -- augmentation ----------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "neural_cleanse": {"passes": 3, "batches_per_pass": 2},
     "mm_bd": {"starts": 2, "steps": 8},
     "combined": {"passes": 3, "starts": 2, "steps": 4},
-    "mcldef": QUICK,
+    "mcldef": {**QUICK, "rounds": 2},
     "mcldef_plus": {**RECOVERED, "correction_epochs": 2},
     "mcldef_true": {"attack": {"method": "badnets", "target": 5}, "epochs": 3, "settling_epochs": 2},
     "mesa": {"target": 5, "epochs": 3, "mesa_epochs": 60},
