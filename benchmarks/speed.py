@@ -157,7 +157,7 @@ def purification(share: float = 0.2) -> dict[str, Any]:
     purified: list[Classifier] = []
 
     def ours() -> None:
-        outcome = method.run(Run(device="cpu"), catalog.Inputs(model=model, clean=clean), method.params(method="mcldef", target=5))
+        outcome = method.run(Run(device="cpu"), catalog.Inputs(model=model, clean=clean), method.params(method="mcldef", target=5, rounds=1))
         assert outcome.model is not None
         purified.append(outcome.model)
 

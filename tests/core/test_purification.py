@@ -451,7 +451,7 @@ def test_cross_entropy_is_what_fine_tuning_minimises() -> None:
 
 
 TINY: dict[str, dict[str, Any]] = {
-    "mcldef": {"target": 1, "inversion_epochs": 1},
+    "mcldef": {"target": 1, "inversion_epochs": 1, "rounds": 1},
     "mcldef_plus": {"target": 1, "inversion_epochs": 1, "correction_epochs": 1},
     "mcldef_true": {"attack": {"method": "badnets", "target": 1}},
     "mesa": {"target": 1, "mesa_epochs": 1},

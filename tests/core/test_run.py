@@ -250,6 +250,7 @@ def test_every_defense_runs_resumes_and_stops(name: str, case: Case, tmp_path: P
     assert (tmp_path / "whole" / "out" / "manifest.jsonl").exists() == (report["cleansing"] is not None)
     assert report["cleansing"] is not None or kind is not Kind.CLEANSE
     page = (tmp_path / "whole" / "out" / "report.html").read_text()
+    assert ("What then led to the class" in page) == (name == "mcldef")
     assert name in page and (report["inputs"]["model_sha256"] or "500 untrusted training images") in page and "<script" not in page and "http" not in page
 
     staged = sum(event["type"] == "checkpoint" for event in events) > 3

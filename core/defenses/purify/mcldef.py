@@ -19,15 +19,15 @@ GROWN = 2.5
 
 
 class MCLDef(Recovery, Contrast):
-    """Parameters. On 2,500 images of CIFAR-10 the published method has `anchor` 0, `learning_rate` 0.1, `calibrate` false, `patience` 1200, `tolerance` 0."""
+    """Parameters. On 2,500 images of CIFAR-10 the published method has `anchor` 0, `learning_rate` 0.1, `calibrate` false, `patience` 1200, `tolerance` 0, `rounds` 1."""
 
     method: Literal["mcldef"]
     rounds: int = Field(
-        default=1,
+        default=2,
         ge=1,
         le=10,
         title="Rounds",
-        description="At most. A trigger that is spread over the image is recovered in part; before each further round another one is recovered from the "
+        description="At most; 1 as published. A trigger that is spread over the image is recovered in part; before each further round another one is recovered from the "
         f"purified model, and while its mask is less than {GROWN:g} times the first one's, the suspect model is purified against all that were found.",
     )
 
