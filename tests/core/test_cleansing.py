@@ -345,6 +345,14 @@ def test_what_no_transformation_moves_scores_zero() -> None:
 # -- activations -------------------------------------------------------------------------------------------------------
 
 
+def test_collapsed_features_neither_flag_nor_acquit() -> None:
+    # No transformation moves a black image.
+    black = ImageSet(torch.zeros(60, 1, 16, 16, dtype=torch.uint8), torch.arange(60) % 3)
+    split = catalog.cleansers()["fct"].run(Run(device="cpu"), Inputs(suspect=black, preprocessing=GREY), fct(architecture="wrn-10-1", epochs=1)).split
+    assert split.verdict == "inconclusive" and "60 of 60 images are equally sensitive" in split.evidence
+    assert not split.suspect.any() and not split.clean.any() and split.kept.all()
+
+
 def contaminated(count: int = 400, poison: int = 60, width: int = 12, classes: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return features of classes around their own centres, labels, and which images of class 2 really lie elsewhere."""
     generator = torch.Generator().manual_seed(0)

@@ -72,6 +72,11 @@ def run(run: Run, inputs: Inputs, params: FCT) -> Outcome:
     labels = suspect.labels.to(scores.device)
     clean, poisoned = divide(run, scores, labels, suspect.classes, params)
     verdict, evidence, target = stands_out(share_of_each(poisoned, labels, suspect.classes), "the share of sensitive images")
+    if int(poisoned.sum()) > len(suspect) // 2:
+        # Classes were pulled into one point each, which no transformation moves: ties at zero would flag everything.
+        evidence = f"{int(poisoned.sum())} of {len(suspect)} images are equally sensitive: the features have collapsed; give fewer tuning_epochs or a wider architecture"
+        verdict, target = "inconclusive", None
+        clean = poisoned = torch.zeros_like(poisoned)
     split = of_flags(labels, scores, poisoned, REASON, verdict=verdict, evidence=evidence, target=target, clean=clean)
     findings = {"train_loss": history, "intra_class_loss": tuned, "clean_per_class": torch.bincount(labels[clean], minlength=suspect.classes).tolist()}
     return Outcome(split=split, embedding=collect(run, model.features, suspect), findings=findings)
