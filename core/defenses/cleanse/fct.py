@@ -72,7 +72,7 @@ def run(run: Run, inputs: Inputs, params: FCT) -> Outcome:
     labels = suspect.labels.to(scores.device)
     clean, poisoned = divide(run, scores, labels, suspect.classes, params)
     verdict, evidence, target = stands_out(share_of_each(poisoned, labels, suspect.classes), "the share of sensitive images")
-    if int(poisoned.sum()) > len(suspect) // 2:
+    if int(poisoned.sum()) > max(0.5, 2 * params.poisoned_share) * len(suspect):
         # Classes were pulled into one point each, which no transformation moves: ties at zero would flag everything.
         evidence = f"{int(poisoned.sum())} of {len(suspect)} images are equally sensitive: the features have collapsed; give fewer tuning_epochs or a wider architecture"
         verdict, target = "inconclusive", None
