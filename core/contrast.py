@@ -37,7 +37,7 @@ class Contrast(Tuning):
         ge=0,
         le=1000,
         title="Settling epochs",
-        description="Epochs afterwards with a clean anchor four times as strong, at a hundredth of the rate. They win accuracy back, and may leave "
+        description="Epochs afterwards with a clean anchor four times as strong, at a fortieth of the rate. They win accuracy back, and may leave "
         "a little more of a trigger that was recovered in part.",
     )
     bn: Literal["train", "frozen", "mixed"] = Field(
@@ -79,7 +79,7 @@ def eliminate(run: Run, inputs: Inputs, teacher: Classifier, stamp: Stamp, param
     history = tune(run, "contrast", inputs, params, lambda images, labels: loss(images, params.anchor), **tuning)
     if params.settling_epochs:
         student.head.requires_grad_(False)
-        rate, settling = params.learning_rate / 100, params.model_copy(update={"epochs": params.settling_epochs})
+        rate, settling = params.learning_rate / 40, params.model_copy(update={"epochs": params.settling_epochs})
         held_more = 4 * params.anchor
         history += tune(run, "settle", inputs, settling, lambda images, labels: loss(images, held_more), schedule=training.steps((0, rate)), **tuning)
     return student, history
