@@ -327,9 +327,6 @@ def test_ties_at_zero_are_all_clean_as_published_or_drawn() -> None:
     assert int(clean.sum()) == 201 and int(poisoned.sum()) == 50 and not bool((clean & poisoned).any())
     clean, _ = divide(Run(), scores, labels, 2, fct(stratified=True, ties="random"))
     assert clean[:250].sum() == 51 and clean[250:].sum() == 151
-    earlier = torch.arange(1000.0).flip(0)
-    clean, poisoned = divide(Run(), scores, labels, 2, fct(ties="earlier"), earlier)
-    assert clean.nonzero()[:, 0].tolist() == list(range(299, 500)) and poisoned.nonzero()[:, 0].tolist() == list(range(950, 1000))
 
 
 def test_what_no_transformation_moves_scores_zero() -> None:
@@ -356,16 +353,21 @@ def test_collapsed_features_neither_flag_nor_acquit() -> None:
     assert not split.suspect.any() and not split.clean.any() and split.kept.all()
 
 
-def test_ties_are_broken_by_what_moved_before() -> None:
-    # No transformation moves a black image, before or after.
-    some = digits.load().train.subset(torch.arange(200))
-    data = ImageSet(torch.where((torch.arange(200) < 120)[:, None, None, None], 0, some.images), some.labels)
-    sizes = {}
-    for ties in ("published", "earlier"):
-        params = fct(architecture="wrn-10-1", epochs=1, tuning_epochs=2, ties=ties)
-        split = catalog.cleansers()["fct"].run(Run(device="cpu"), Inputs(suspect=data, preprocessing=GREY), params).split
-        sizes[ties] = int(split.clean.sum()), int(split.suspect.sum())
-    assert sizes["published"][0] >= 120 and sizes["earlier"] == (41, 10)
+@pytest.mark.parametrize("rewind", [True, False])
+def test_a_collapsed_tuning_is_rewound_or_acquits_nothing(monkeypatch: pytest.MonkeyPatch, rewind: bool) -> None:
+    # Class 2 is sensitive after half of the tuning; at its end only a few images of all classes still move.
+    labels = torch.arange(200) % 4
+    halfway, late = torch.where(labels == 2, 9.0, 1.0) + torch.arange(200) / 1000, torch.where(torch.arange(200) < 20, 1.0, 0.0) * (1 + torch.arange(200))
+    measured = iter([halfway, late] if rewind else [late])
+    monkeypatch.setattr("core.defenses.cleanse.fct.sensitivity", lambda *_: next(measured))
+    data = ImageSet(digits.load().train.images[:200], labels)
+    params = fct(architecture="wrn-10-1", epochs=1, tuning_epochs=2, rewind=rewind)
+    outcome = catalog.cleansers()["fct"].run(Run(device="cpu"), Inputs(suspect=data, preprocessing=GREY), params)
+    assert outcome.split is not None and outcome.findings["rewound"] is rewind
+    if rewind:
+        assert set(labels[outcome.split.suspect].tolist()) == {2} and outcome.split.verdict == "poisoned" and int(outcome.split.clean.sum()) == 41
+    else:
+        assert outcome.split.verdict == "inconclusive" and "90% of the images do not move" in outcome.split.evidence
 
 
 def contaminated(count: int = 400, poison: int = 60, width: int = 12, classes: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

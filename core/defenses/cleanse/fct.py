@@ -37,11 +37,14 @@ class FCT(Cleansing):
         default=["rotate", "affine"], min_length=1, max_length=4, title="Transformations", description="One after the other."
     )
     draws: int = Field(default=1, ge=1, le=100, title="Draws", description="How many random transformations a score is the mean of.")
-    ties: Literal["published", "random", "earlier"] = Field(
-        default="published",
-        title="Ties",
-        description="`published` takes all images at the threshold, which can be most of them once features of a narrow network die. The others take the wanted share: "
-        "`random` draws it, `earlier` goes by what moved after half of the tuning epochs.",
+    ties: Literal["published", "random"] = Field(
+        default="published", title="Ties", description="`published` takes all images at the threshold, which can be many; `random` takes the wanted share."
+    )
+    rewind: bool = Field(
+        default=True,
+        title="Rewind",
+        description="Where tuning went so far that more than half of the images no longer move, go by how they moved after half of its epochs; "
+        "narrow networks collapse. As published: false.",
     )
     stratified: bool = Field(default=False, title="Stratified", description="Take the clean share of each label by itself.")
 
@@ -60,7 +63,7 @@ def run(run: Run, inputs: Inputs, params: FCT) -> Outcome:
     # The second step goes on with the first one's optimizer and schedule.
     rate = training.cosine(100, params.learning_rate)
 
-    earlier = torch.zeros(len(suspect), device=run.device)
+    halfway = torch.zeros(len(suspect), device=run.device)
 
     def fit(name: str, loss: training.Loss, epochs: int, done: int, **more: Any) -> list[float]:
         return training.fit(
@@ -68,29 +71,39 @@ def run(run: Run, inputs: Inputs, params: FCT) -> Outcome:
             epochs=epochs, batch_size=min(params.batch_size, len(suspect)), prepare=model.train, **more,
         )  # fmt: skip
 
-    def halfway(epoch: int) -> None:
-        if params.ties == "earlier" and epoch == (params.tuning_epochs + 1) // 2:
-            earlier.copy_(sensitivity(run, model, suspect, params))
+    def remember(epoch: int) -> None:
+        if params.rewind and epoch == (params.tuning_epochs + 1) // 2:
+            halfway.copy_(sensitivity(run, model, suspect, params))
 
     run.phase("training")
     history = fit("fct train", cross_entropy(model), params.epochs, 0)
     run.phase("pulling classes together")
     pull = training.supervised(lambda images, labels: intra_class(model.features(images), labels))
-    tuned = fit("fct tune", pull, params.tuning_epochs, params.epochs, after_epoch=halfway, state={"earlier": earlier})
+    tuned = fit("fct tune", pull, params.tuning_epochs, params.epochs, after_epoch=remember, state={"halfway": halfway})
     run.phase("transforming")
     scores = sensitivity(run, model, suspect, params)
+    rewound = params.rewind and params.tuning_epochs > 0 and still(scores) > 0.5
+    if rewound:
+        run.warn(f"{still(scores):.0%} of the images no longer move: the features have collapsed; their moves after half of the tuning epochs decide")
+        scores = halfway
     labels = suspect.labels.to(scores.device)
-    clean, poisoned = divide(run, scores, labels, suspect.classes, params, earlier)
+    clean, poisoned = divide(run, scores, labels, suspect.classes, params)
     verdict, evidence, target = stands_out(share_of_each(poisoned, labels, suspect.classes), "the share of sensitive images")
-    # With ties broken, what was there before still tells images apart.
-    equal = min(equally_sensitive(each, params) for each in ([scores, earlier] if params.ties == "earlier" else [scores]))
-    if equal > max(0.5, 2 * params.poisoned_share) * len(suspect):
+    if int(poisoned.sum()) > max(0.5, 2 * params.poisoned_share) * len(suspect):
         # Classes were pulled into one point each, which no transformation moves: ties at zero would flag everything.
-        evidence = f"{equal} of {len(suspect)} images are equally sensitive: the features have collapsed; give fewer tuning_epochs or a wider architecture"
+        evidence = f"{int(poisoned.sum())} of {len(suspect)} images are equally sensitive: the features have collapsed; give fewer tuning_epochs or a wider architecture"
         verdict, target = "inconclusive", None
         clean = poisoned = torch.zeros_like(poisoned)
+    elif verdict == "no_evidence" and still(scores) > 0.5:
+        # What is left to move is chance.
+        verdict, evidence = "inconclusive", f"{still(scores):.0%} of the images do not move at all: the features have collapsed; {evidence}"
     split = of_flags(labels, scores, poisoned, REASON, verdict=verdict, evidence=evidence, target=target, clean=clean)
-    findings = {"train_loss": history, "intra_class_loss": tuned, "clean_per_class": torch.bincount(labels[clean], minlength=suspect.classes).tolist()}
+    findings = {
+        "rewound": rewound,
+        "train_loss": history,
+        "intra_class_loss": tuned,
+        "clean_per_class": torch.bincount(labels[clean], minlength=suspect.classes).tolist(),
+    }
     return Outcome(split=split, embedding=collect(run, model.features, suspect), findings=findings)
 
 
@@ -112,25 +125,17 @@ def sensitivity(run: Run, model: Classifier, data: ImageSet, params: FCT) -> tor
     return collect(run, moved, data)
 
 
-def equally_sensitive(scores: torch.Tensor, params: FCT) -> int:
-    """Return how many images the published rule would take for poisoned: more than its share where scores are equal."""
-    return int((scores >= scores.sort().values[len(scores) - max(int(params.poisoned_share * len(scores)), 1)]).sum())
+def still(scores: torch.Tensor) -> float:
+    """Return the share of images whose features no transformation moves, as those of dead (all-zero) features are not."""
+    return float((scores == 0).double().mean())
 
 
-def divide(
-    run: Run, scores: torch.Tensor, labels: torch.Tensor, classes: int, params: FCT, earlier: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the masks of the images taken for clean and for poisoned, (N,) bool each (Algorithm 2).
-
-    Args:
-        earlier: (N,) what decides between equal scores with `ties` "earlier".
-    """
+def divide(run: Run, scores: torch.Tensor, labels: torch.Tensor, classes: int, params: FCT) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the masks of the images taken for clean and for poisoned, (N,) bool each (Algorithm 2)."""
     count = len(scores)
-    if params.ties != "published":
+    if params.ties == "random":
         # A random order among equals, the same whatever the device.
         shuffled = torch.randperm(count, generator=run.generator("fct", "ties")).to(scores.device)
-        if params.ties == "earlier" and earlier is not None:
-            shuffled = shuffled[earlier[shuffled].argsort(stable=True)]
         order = shuffled[scores[shuffled].argsort(stable=True)]
         ranks = torch.empty_like(order)
         ranks[order] = torch.arange(count, device=scores.device)
