@@ -53,6 +53,7 @@ class FCT(Cleansing):
     title="FCT",
     paper="Effective backdoor defense by exploiting sensitivity of poisoned samples, NeurIPS 2022, Algorithms 1 and 2",
     needs=(Need.SUSPECT_DATASET,),
+    caution="The features of a narrow network (WRN-16-1) collapse: of a set with Trojan patterns its clean part was 99.9 % clean, its poisoned part 64 % poisoned.",
 )
 def run(run: Run, inputs: Inputs, params: FCT) -> Outcome:
     """Train briefly, pull classes together in feature space, and rank images by how far a transformation moves their features."""
