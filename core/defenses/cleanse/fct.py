@@ -73,7 +73,7 @@ def run(run: Run, inputs: Inputs, params: FCT) -> Outcome:
         )  # fmt: skip
 
     def remember(epoch: int) -> None:
-        if params.rewind and epoch == (params.tuning_epochs + 1) // 2:
+        if params.rewind and epoch == params.tuning_epochs // 2:
             halfway.copy_(sensitivity(run, model, suspect, params))
 
     run.phase("training")
@@ -83,7 +83,7 @@ def run(run: Run, inputs: Inputs, params: FCT) -> Outcome:
     tuned = fit("fct tune", pull, params.tuning_epochs, params.epochs, after_epoch=remember, state={"halfway": halfway})
     run.phase("transforming")
     scores = sensitivity(run, model, suspect, params)
-    rewound = params.rewind and params.tuning_epochs > 0 and still(scores) > 0.5
+    rewound = params.rewind and params.tuning_epochs > 1 and still(scores) > 0.5
     if rewound:
         run.warn(f"{still(scores):.0%} of the images no longer move: the features have collapsed; their moves after half of the tuning epochs decide")
         scores = halfway
@@ -127,7 +127,7 @@ def sensitivity(run: Run, model: Classifier, data: ImageSet, params: FCT) -> tor
 
 
 def still(scores: torch.Tensor) -> float:
-    """Return the share of images whose features no transformation moves, as those of dead (all-zero) features are not."""
+    """Return the share of scores (N,) that are exactly zero: images of dead (all-zero) features, which no transformation moves."""
     return float((scores == 0).double().mean())
 
 
