@@ -476,6 +476,35 @@ def test_gram_matrices_take_the_power_first() -> None:
             assert found[image, 6 * index : 6 * index + 6].tolist() == pytest.approx(wanted, rel=1e-4)
 
 
+def test_a_set_of_which_no_image_deviates_is_not_acquitted_for_that() -> None:
+    features, labels, _ = contaminated()
+
+    class Looked:
+        """A classifier that has these features and these predictions, and one feature map for every image."""
+
+        def rows(self, images: torch.Tensor) -> torch.Tensor:
+            return (images[:, 0, 0] * 255).round().long() @ torch.tensor([256, 1])
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            return F.one_hot(labels[self.rows(images)], 6).float()
+
+        def eval(self) -> Looked:
+            return self
+
+        def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
+            return [torch.ones(len(images), 2, 4, 4)]
+
+        def features(self, images: torch.Tensor) -> torch.Tensor:
+            return features[self.rows(images)]
+
+    numbers = torch.arange(len(labels))
+    data = ImageSet(torch.stack([numbers // 256, numbers % 256], 1).to(torch.uint8)[:, None, None], labels)
+    inputs = Inputs(model=Looked(), suspect=data, clean=data.subset(numbers[::7]))  # type: ignore[arg-type]
+    split = beatrix.run(Run(), inputs, beatrix.Beatrix(method="beatrix")).split
+    assert split is not None and (split.verdict, split.target) == ("poisoned", 2)
+    assert "anomaly index" in split.evidence and "class 2" in split.evidence
+
+
 def test_deviations_start_outside_the_usual_range() -> None:
     known = torch.arange(21.0)[:, None]
     limits = beatrix.bounds(known, torch.zeros(21, dtype=torch.int64), 1.0)

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from core.activations import Observing, collect, observer
+from core.activations import Observing, collect, observed, observer
 from core.catalog import Inputs, Need, Outcome, defense
 from core.inversion import anomaly_index
 from core.run import Run
-from core.split import of_flags
+from core.split import Verdict, of_flags
 
 REASON = "its channels correlate otherwise than in clean images of its class"
 # Median and deviation of fewer images say nothing; more than this many need not be compared.
@@ -38,6 +38,7 @@ class Beatrix(Observing):
     title="Beatrix",
     paper='Ma et al., The "Beatrix" Resurrections: Robust Backdoor Detection via Gram Matrices, NDSS 2023',
     needs=(Need.SUSPECT_DATASET, Need.CLEAN_IMAGES),
+    caution="Sees patches, warps and label-consistent patches; of strips blended over images (WRN-16-1) it flagged none, so look at the verdict, not only at what it drops.",
 )
 def run(run: Run, inputs: Inputs, params: Beatrix) -> Outcome:
     """Flag the images whose Gram matrices deviate from those of clean images that are predicted alike."""
@@ -61,10 +62,17 @@ def run(run: Run, inputs: Inputs, params: Beatrix) -> Outcome:
     indices = anomaly_index(distances)
     infected = [label for label, index in enumerate(indices) if index > params.threshold and distances[label] > float(np.median(distances))]
     labels = suspect.labels.to(scores.device)
-    flagged = deviant & torch.isin(predicted, torch.tensor(infected, device=scores.device)) if infected else deviant
-    target = max(infected, key=lambda label: distances[label]) if infected else None
     evidence = f"anomaly index {max(indices):.3g} of the distances between usual and deviant images; above {params.threshold:.3g} a class is infected"
-    split = of_flags(labels, scores, flagged, REASON, verdict="poisoned" if infected else "no_evidence", evidence=evidence, target=target)
+    verdict: Verdict
+    target: int | None
+    if infected:
+        verdict, target = "poisoned", max(infected, key=lambda label: distances[label])
+        flagged = deviant & torch.isin(predicted, torch.tensor(infected, device=scores.device))
+    else:
+        # Poison of which no image deviates, or that leads to every class, infects none: no reason to acquit the set.
+        verdict, more, target = observed(features, labels, suspect.classes, run.seed)
+        flagged, evidence = deviant, f"{evidence}; {more}"
+    split = of_flags(labels, scores, flagged, REASON, verdict=verdict, evidence=evidence, target=target)
     return Outcome(split=split, embedding=features, findings={"threshold": threshold, "distances": distances, "anomaly_indices": indices.tolist()})
 
 
