@@ -38,7 +38,7 @@ class Beatrix(Observing):
     title="Beatrix",
     paper='Ma et al., The "Beatrix" Resurrections: Robust Backdoor Detection via Gram Matrices, NDSS 2023',
     needs=(Need.SUSPECT_DATASET, Need.CLEAN_IMAGES),
-    caution="Sees patches, warps and label-consistent patches; of strips blended over images (WRN-16-1) it flagged none, so look at the verdict, not only at what it drops.",
+    caution="Sees patches, warps and label-consistent patches; of strips blended over images (WRN-16-1) it flagged next to none, so look at the verdict, not only at what it drops.",
 )
 def run(run: Run, inputs: Inputs, params: Beatrix) -> Outcome:
     """Flag the images whose Gram matrices deviate from those of clean images that are predicted alike."""
