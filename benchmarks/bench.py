@@ -113,6 +113,7 @@ def main() -> int:
         **table[options.budget] | ({"epochs": options.epochs} if options.epochs else {}),
     )  # fmt: skip
     cells = list(planned(table, setting, options.seeds))
+    restore(results(options.table, options.budget))
     try:
         if not options.draw:
             wanted = [cell for cell in cells if options.rows.lower() in cell.row.lower()]
@@ -145,6 +146,20 @@ def planned(table: dict[str, Any], setting: Setting, seeds: int) -> Iterator[Cel
                 own = replace(setting, epochs=row["epochs"]) if "epochs" in row and setting.epochs is None else setting
                 defense = {**column["defense"], **row.get("defense", {}).get(column["name"], {})} if "defense" in column else None
                 yield Cell(own, row["name"], row.get("attack"), column["name"], defense, seed)
+
+
+def results(name: str, budget: str) -> Path:
+    """Return where a table's results are written, without the ending."""
+    return HERE / "results" / (name if budget == "cpu" else f"{name}-{budget}")
+
+
+def restore(path: Path) -> None:
+    """Put the cells of the committed results into the cache, so that a fresh clone goes on where they end; what is there already stays."""
+    if path.with_suffix(".json").exists():
+        for found in json.loads(path.with_suffix(".json").read_text())["cells"]:
+            kept = CACHE / "cells" / f"{digest(found['cell'])}.json"
+            if not kept.exists():
+                keep(kept, found)
 
 
 def measure(cells: list[Cell], jobs: int) -> None:
@@ -319,7 +334,7 @@ def data(name: str) -> tuple[ImageSet, ImageSet]:
 def write(name: str, budget: str, table: dict[str, Any], setting: Setting, cells: list[Cell]) -> int:
     """Write results/NAME.json and NAME.md; return how many cells are missing."""
     found = [json.loads(cell.path.read_text()) for cell in cells if cell.path.exists()]
-    out = HERE / "results" / (name if budget == "cpu" else f"{name}-{budget}")
+    out = results(name, budget)
     described = {"title": table["title"], "budget": budget, "setting": asdict(setting), "training": asdict(setting.training())}
     out.with_suffix(".json").write_text(json.dumps({**described, "cells": found}, indent=1) + "\n")
     lines = [f"# {table['title']}", "", table["about"], ""]
@@ -338,7 +353,9 @@ def write(name: str, budget: str, table: dict[str, Any], setting: Setting, cells
     lines += [*(f"- {note}" for note in table.get("notes", [])), ""]
     if name == "attacks" and found:
         drawn = [cell for cell in cells if cell.path.exists() and cell.attack is not None and cell.seed == 0]
-        pictures.sheet([cell for cell in drawn if (victim_folder(cell.setting, cell.attack, cell.seed) / "victim.json").exists()], out.with_suffix(".png"))
+        # A picture of some attacks only must not take the place of one of all.
+        if all((victim_folder(cell.setting, cell.attack, cell.seed) / "victim.json").exists() for cell in drawn):
+            pictures.sheet(drawn, out.with_suffix(".png"))
         lines += [f"Clean image, triggered image, and their difference times eight, around grey:\n\n![pictures]({out.name}.png)", ""]
     out.with_suffix(".md").write_text("\n".join(lines))
     return len(cells) - len(found)

@@ -128,3 +128,15 @@ def test_the_inspected_models_can_all_be_made() -> None:
         assert isinstance(params, AttackParams)
         recipe = poisoning.plan(Run(device="cpu"), params, train)
         assert not torch.equal(poisoning.poison(train, recipe).data.images, train.images), attack
+
+
+def test_a_fresh_clone_goes_on_where_committed_results_end(setting: bench.Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [cell for cell in bench.planned(TABLE, setting, 1) if cell.row == "none"]
+    bench.measure(cells, 1)
+    assert bench.write("small", "cpu", TABLE, setting, cells) == 0
+    monkeypatch.setattr(bench, "CACHE", tmp_path / "fresh")
+    assert not any(cell.path.exists() for cell in cells)
+    bench.restore(bench.results("small", "cpu"))
+    assert all(cell.path.exists() for cell in cells)
+    assert bench.write("again", "cpu", TABLE, setting, cells) == 0
+    assert (tmp_path / "results" / "again.json").read_text() == (tmp_path / "results" / "small.json").read_text()
