@@ -34,6 +34,7 @@ import torch
 from benchmarks import digits, pictures
 from core import catalog, datasets, evaluation, poisoning, report, victim, weights
 from core.activations import Observing
+from core.allocator import keep_freed_memory
 from core.catalog import Inputs, Kind, Need
 from core.classifier import Classifier, Preprocessing
 from core.errors import EngineError
@@ -191,6 +192,7 @@ def one(cell: Cell, threads: int) -> None:
     """Measure a cell and keep what came of it."""
     if threads:
         torch.set_num_threads(threads)
+    keep_freed_memory()
     torch.use_deterministic_algorithms(True, warn_only=True)
     started = time.monotonic()
     train, test = data(cell.setting.dataset)

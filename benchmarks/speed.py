@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from benchmarks import plain
 from benchmarks.bench import Setting, data, machine, trained
 from core import architectures, augment, catalog, encoders, evaluation, inversion, losses, neighbours, poisoning, training, weights
+from core.allocator import keep_freed_memory
 from core.attacks.badnets import BadNets
 from core.classifier import Classifier
 from core.images import ImageSet, as_floats
@@ -42,6 +43,8 @@ def main() -> int:
     parser.add_argument("--only", choices=["attacks", "training", "purification", "cleansing"], help="measure one part")
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
+    # As the engine does; the plain loops run under it, too.
+    keep_freed_memory()
     parts: dict[str, Callable[[], Any]] = {
         "attacks": lambda: attacks(options.rounds),
         "training": lambda: [step(batch, options.rounds) for batch in (64, 128)],

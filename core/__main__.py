@@ -45,9 +45,11 @@ def _run(folder: Path, emit: Any) -> int:
     from pydantic import ValidationError
 
     from core import job
+    from core.allocator import keep_freed_memory
     from core.errors import BadJob, Cancelled, EngineError
     from core.run import Run
 
+    keep_freed_memory()
     torch.use_deterministic_algorithms(True, warn_only=True)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
