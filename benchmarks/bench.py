@@ -101,7 +101,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds; each draws its own poison and trains its own victim")
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto")
     parser.add_argument("--budget", choices=["full", "cpu"], default="cpu", help="the paper's model and schedule, or what two cores finish")
-    parser.add_argument("--rows", default="", help="measure only the rows whose names contain this; all that is measured is written")
+    parser.add_argument("--rows", default="", help="measure only the row of this name, or those whose names contain it; all that is measured is written")
     parser.add_argument("--columns", default="", help="measure only these columns, separated by semicolons and in this order")
     parser.add_argument("--epochs", type=int, help="another number of training epochs; goes into the result")
     parser.add_argument("--jobs", type=int, default=1, help="processes; each gets its share of the cores")
@@ -117,7 +117,9 @@ def main() -> int:
     restore(results(options.table, options.budget))
     try:
         if not options.draw:
-            wanted = [cell for cell in cells if options.rows.lower() in cell.row.lower()]
+            # "CL" is a row's whole name and a part of others'.
+            named = [cell for cell in cells if cell.row == options.rows]
+            wanted = named or [cell for cell in cells if options.rows.lower() in cell.row.lower()]
             if options.columns:
                 wanted = [cell for name in options.columns.split(";") for cell in wanted if cell.column == name.strip()]
             measure(wanted, options.jobs)

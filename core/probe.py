@@ -1,6 +1,8 @@
-"""Linear probe: a new last layer on frozen features; and an encoder's backbone as a classifier that can be probed."""
+"""A last layer fitted to frozen features, anew (linear probe) or from where it is; and an encoder's backbone as a classifier that can be probed."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,32 +15,49 @@ from core.run import Run
 from core.training import batches
 
 
-def probe(run: Run, name: str, model: Classifier, labelled: ImageSet, *, epochs: int = 200, rate: float = 1e-3, batch_size: int = 128) -> list[float]:
-    """Train `model.head` anew on the features of labelled images, in place, as a resumable stage; return each epoch's mean loss.
-
-    Features are computed once, in eval mode and without augmentation; multinomial logistic regression with Adam (CBD's linear probe).
-    """
+def probe(run: Run, name: str, model: Classifier, labelled: ImageSet, **how: Any) -> list[float]:
+    """Train `model.head` anew on the features of labelled images, in place, as a resumable stage; return each epoch's mean loss. See `fit_head`."""
     assert labelled.labels is not None
-    model.eval()
-    with torch.no_grad():
-        features = torch.cat([model.features(as_floats(chunk)) for chunk in labelled.images.split(500)])
-    generator = run.generator(name)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         model.head.reset_parameters()
+    return fit_head(run, name, model, labelled, labelled.labels, **how)
+
+
+def adapt(run: Run, name: str, model: Classifier, images: ImageSet, original: Classifier, **how: Any) -> list[float]:
+    """Train `model.head` on, in place, until it predicts on `images` what `original` does; no label is used. See `fit_head`."""
+    with torch.no_grad():
+        wanted = torch.cat([original.eval()(as_floats(chunk)).softmax(1) for chunk in images.images.split(500)])
+    return fit_head(run, name, model, images, wanted, **how)
+
+
+def fit_head(
+    run: Run, name: str, model: Classifier, data: ImageSet, wanted: torch.Tensor, *, epochs: int = 200, rate: float = 1e-3, batch_size: int = 128
+) -> list[float]:
+    """Fit `model.head` from where it is, in place: multinomial logistic regression with Adam (CBD's linear probe).
+
+    Features are computed once, in eval mode and without augmentation.
+
+    Args:
+        wanted: labels (N,) int64, or probabilities (N, classes).
+    """
+    model.eval()
+    with torch.no_grad():
+        features = torch.cat([model.features(as_floats(chunk)) for chunk in data.images.split(500)])
+    generator = run.generator(name)
     model.head.requires_grad_(True)
     optimizer = torch.optim.Adam(model.head.parameters(), lr=rate)
     history: dict[str, list[float]] = {"loss": []}
     for _ in run.stage(name, total=epochs, head=model.head, optimizer=optimizer, generator=generator, history=history):
         total = torch.zeros((), device=run.device)
-        for chosen in batches(len(labelled), batch_size, generator):
+        for chosen in batches(len(data), batch_size, generator):
             here = chosen.to(run.device)
-            loss = F.cross_entropy(model.head(features[here]), labelled.labels[here])
+            loss = F.cross_entropy(model.head(features[here]), wanted[here])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(chosen)
-        history["loss"].append(float(total) / len(labelled))
+        history["loss"].append(float(total) / len(data))
     return history["loss"]
 
 

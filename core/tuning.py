@@ -29,6 +29,17 @@ def rate_field(default: float, description: str = "Of the first epoch; a tenth u
     return Field(default=default, gt=0, le=10, title="Learning rate", description=description)
 
 
+def epoch_images_field() -> Any:
+    """Return the field `epoch_images`, for methods whose schedule does harm when it has only a few steps."""
+    return Field(
+        default=2500,
+        ge=0,
+        le=1_000_000,
+        title="Images an epoch",
+        description="Fewer clean images are gone through several times an epoch, until it has this many: the schedule is made for that number of steps. 0: once.",
+    )
+
+
 class Tuning(Params):
     """Parameters of every method that trains on the clean images; the defaults are those of MCLDef's comparison."""
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core import architectures, catalog, contrast, mesa, pruning, verdict
+from core import architectures, catalog, contrast, mesa, pruning, sparing, verdict
 from core.augment import cutout, simclr
 from core.catalog import Inputs, Kind, Need
 from core.classifier import Classifier, Preprocessing
@@ -25,7 +25,7 @@ from core.defenses.purify.nad import attention
 from core.defenses.purify.npd import Polarizer
 from core.defenses.purify.sau import SAU, shared_adversarial
 from core.errors import ClassMissing, EngineError, LabelsMissing, LayerMissing, NotEnoughCleanData, NothingLeft, TargetInvalid, TriggerNotFound
-from core.evaluation import rate
+from core.evaluation import predict, rate
 from core.images import ImageSet
 from core.losses import info_nce
 from core.recovery import check_success
@@ -204,6 +204,40 @@ def test_pruning_keeps_the_bias_only_when_told() -> None:
             pruning.remove(classifier, {first: torch.ones_like(which)}, bias=bias)
 
 
+def test_pruning_is_sparing_of_what_the_predictions_rest_on() -> None:
+    classifier = model()
+    images = noise(60).images
+    before = predict(classifier, images)
+    layers = pruning.batch_norms(classifier)
+    chosen = {name: torch.ones(layer.num_features, dtype=torch.bool) for name, layer in layers.items()}
+    suspicion = {name: torch.rand(layer.num_features, generator=torch.Generator().manual_seed(1)) for name, layer in layers.items()}
+    with pytest.raises(NothingLeft):
+        sparing.remove(classifier.frozen_copy(), chosen, suspicion, images, agreement=0)
+    spared = classifier.frozen_copy()
+    found = sparing.remove(spared, chosen, suspicion, images, agreement=0.9)
+    assert found["pruned"] + found["spared"] == found["channels"] and found["pruned"] > 0
+    assert float((predict(spared, images) == before).float().mean()) >= 0.9
+    # The most suspicious went.
+    gone = {(name, int(index)) for name, layer in pruning.batch_norms(spared).items() for index in (layer.weight == 0).nonzero().squeeze(1)}
+    ranked = sorted(((float(value), name, index) for name, values in suspicion.items() for index, value in enumerate(values)), reverse=True)
+    assert gone == {(name, index) for _, name, index in ranked[: found["pruned"]]}
+    # One more would have been one too many.
+    further = classifier.frozen_copy()
+    following = {name: torch.zeros_like(which) for name, which in chosen.items()}
+    for _, name, index in ranked[: found["pruned"] + 1]:
+        following[name][index] = True
+    pruning.remove(further, following, bias=False)
+    assert float((predict(further, images) == before).float().mean()) < 0.9
+
+
+def test_few_images_are_gone_through_until_an_epoch_is_long_enough() -> None:
+    data = noise(30)
+    assert data.at_least(30) is data and data.at_least(0) is data
+    longer = data.at_least(61)
+    assert len(longer) == 90 and torch.equal(longer.images[30:60], data.images) and longer.labels is not None and data.labels is not None
+    assert torch.equal(longer.labels[60:], data.labels)
+
+
 def test_masks_of_one_change_nothing_and_noise_is_relative() -> None:
     classifier = model()
     images = torch.rand(4, 3, 32, 32)
@@ -256,6 +290,12 @@ def test_cbd_touches_no_label() -> None:
         for labels in (data.labels, data.labels[torch.randperm(40)], None)
     ]
     assert all(torch.equal(purified[0][name], other[name]) for other in purified[1:] for name in purified[0])
+    # An adapted head predicts what the suspect model does; a kept one no longer quite does.
+    images = data.images.float() / 255
+    kept, adapted = (run_method("cbd", {**params, "head": head, "learning_rate": 0.2}, Inputs(model=model(), clean=data)) for head in ("keep", "adapt"))
+    with torch.no_grad():
+        wanted = model()(images).softmax(1)
+        assert F.cross_entropy(adapted(images), wanted) < F.cross_entropy(kept(images), wanted)
     with pytest.raises(LabelsMissing):
         run_method("cbd", {**params, "head": "probe"}, Inputs(model=model(), clean=ImageSet(data.images)))
 
@@ -456,13 +496,13 @@ TINY: dict[str, dict[str, Any]] = {
     "mcldef_true": {"attack": {"method": "badnets", "target": 1}},
     "mesa": {"target": 1, "mesa_epochs": 1},
     "nc_unlearning": {"target": 1, "inversion_epochs": 1},
-    "nad": {"teacher_epochs": 1, "betas": (1.0,)},
+    "nad": {"teacher_epochs": 1, "betas": (1.0,), "epoch_images": 0},
     "cbd": {"steps": 1},
     "sau": {"steps": 1},
     "npd": {"steps": 1, "warm_epochs": 1},
     "anp": {"iterations": 1},
     "rnp": {"unlearning_epochs": 1, "recovering_epochs": 1, "threshold": 0.01},
-    "ibau": {"rounds": 1, "iterations": 1},
+    "ibau": {"rounds": 1, "iterations": 1, "epoch_images": 0},
 }
 
 

@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from core import pruning
-from core.catalog import Inputs, Need, Outcome, Params, defense
+from core import sparing
+from core.catalog import Inputs, Need, Outcome, defense
 from core.images import as_floats
 from core.pruning import ChannelMasks
 from core.run import Run
+from core.sparing import Sparing
 
 
-class ANP(Params):
+class ANP(Sparing):
     """Parameters; the paper uses 1 % of clean images."""
 
     method: Literal["anp"]
@@ -62,7 +63,13 @@ def run(run: Run, inputs: Inputs, params: ANP) -> Outcome:
         optimizer.step()
         masks.clip()
     run.phase("pruning")
-    findings = pruning.remove(model, {name: value.detach() <= params.threshold for name, value in masks.values.items()}, bias=False)
+    findings = sparing.remove(
+        model,
+        {name: value.detach() <= params.threshold for name, value in masks.values.items()},
+        {name: -value.detach() for name, value in masks.values.items()},
+        clean.images,
+        agreement=params.agreement,
+    )
     run.log(f"pruned {findings['pruned']} of {findings['channels']} channels")
     inputs.watch(model)
     return Outcome(model=model.eval(), findings=findings)

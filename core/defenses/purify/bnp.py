@@ -7,13 +7,14 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from core import pruning
-from core.catalog import Inputs, Need, Outcome, Params, defense
+from core import pruning, sparing
+from core.catalog import Inputs, Need, Outcome, defense
 from core.images import as_floats
 from core.run import Run
+from core.sparing import Sparing
 
 
-class BNP(Params):
+class BNP(Sparing):
     """Parameters."""
 
     method: Literal["bnp"]
@@ -51,13 +52,14 @@ def run(run: Run, inputs: Inputs, params: BNP) -> Outcome:
             model.eval()(as_floats(chunk))
     for hook in hooks:
         hook.remove()
-    chosen = {}
+    chosen, suspicion = {}, {}
     for name, layer in layers.items():
         count, total, squares = sums[name]
         mean = total / count
         found = divergence(mean, (squares / count - mean.square()).clamp(min=0), layer)
-        chosen[name] = found > found.mean() + params.deviations * found.std()
-    findings = pruning.remove(model, chosen, bias=False)
+        suspicion[name] = (found - found.mean()) / found.std()
+        chosen[name] = suspicion[name] > params.deviations
+    findings = sparing.remove(model, chosen, suspicion, inputs.clean.images, agreement=params.agreement)
     run.log(f"pruned {findings['pruned']} of {findings['channels']} channels")
     inputs.watch(model)
     return Outcome(model=model.eval(), findings=findings)

@@ -14,7 +14,7 @@ from core.catalog import Inputs, Need, Outcome, defense
 from core.classifier import Classifier
 from core.errors import LabelsMissing
 from core.losses import info_nce
-from core.probe import probe
+from core.probe import adapt, probe
 from core.run import Run
 from core.training import mixed_precision
 from core.tuning import Tuning, epochs_field, rate_field, tune
@@ -36,10 +36,11 @@ class CBD(Tuning):
     step: float = Field(default=0.1, gt=0, le=1, title="Step size", description="In [0, 1]; the paper gives 0.1 without a unit.")
     steps: int = Field(default=20, ge=1, le=1000, title="PGD steps", description="As published 20, and 100 for a self-supervised backbone.")
     symmetric: bool = Field(default=False, title="Symmetric", description="Average the loss over both directions.")
-    head: Literal["keep", "probe"] = Field(
-        default="keep",
+    head: Literal["adapt", "keep", "probe"] = Field(
+        default="adapt",
         title="Head",
-        description="`probe`: train a new linear head on the labelled clean images, as published; `keep`: no label is used at all.",
+        description="`adapt`: train it on until the purified backbone predicts on the clean images what the suspect model does, no label is used; `keep` it; `probe`: "
+        "train a new one on the labels of the clean images, as published.",
     )
 
 
@@ -86,9 +87,10 @@ def run(run: Run, inputs: Inputs, params: CBD) -> Outcome:
         state={"views": generator},
     )
     findings = {"loss": history}
-    if params.head == "probe":
+    if params.head != "keep":
         run.phase("probing")
-        findings["probe_loss"] = probe(run, "probe", student, inputs.clean)
+        probing = probe(run, "probe", student, inputs.clean) if params.head == "probe" else adapt(run, "adapt", student, inputs.clean, teacher)
+        findings["probe_loss"] = probing
         inputs.watch(student)
     return Outcome(model=student, findings=findings)
 

@@ -16,6 +16,7 @@ from core.errors import Diverged
 from core.images import as_floats
 from core.run import Run
 from core.training import batches, finite
+from core.tuning import epoch_images_field
 
 
 class IBAU(Params):
@@ -30,6 +31,7 @@ class IBAU(Params):
     share: float = Field(default=0.01, ge=0, le=1, title="Perturbed share", description="Of each batch; at least one image.")
     iterations: int = Field(default=5, ge=1, le=100, title="Fixed-point iterations", description="K of the implicit gradient.")
     contraction: float = Field(default=0.1, gt=0, le=10, title="Contraction", description="Step of the fixed-point map.")
+    epoch_images: int = epoch_images_field()
 
 
 @defense(
@@ -40,8 +42,10 @@ class IBAU(Params):
 )
 def run(run: Run, inputs: Inputs, params: IBAU) -> Outcome:
     """Find the perturbation that misleads most clean images, and train so that the best such perturbation does less."""
-    assert inputs.model is not None and inputs.clean is not None and inputs.clean.labels is not None
-    clean, all_labels = inputs.clean, inputs.clean.labels
+    assert inputs.model is not None and inputs.clean is not None
+    clean = inputs.clean.at_least(params.epoch_images)
+    all_labels = clean.labels
+    assert all_labels is not None
     model = inputs.model.frozen_copy().requires_grad_(True)
     weights = list(model.parameters())
     optimizer = torch.optim.Adam(weights, lr=params.learning_rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from core.errors import LayerMissing
 from core.images import as_floats
 from core.run import Run
 from core.training import steps
-from core.tuning import Tuning, cross_entropy, tune
+from core.tuning import Tuning, cross_entropy, epoch_images_field, tune
 
 
 class NAD(Tuning):
@@ -29,6 +30,7 @@ class NAD(Tuning):
     power: float = Field(default=2.0, gt=0, le=10, title="Power", description="p of the attention map.")
     cutout: bool = Field(default=False, title="Cutout", description="A grey square of three pixels in every training image.")
     nesterov: bool = Field(default=False, title="Nesterov momentum")
+    epoch_images: int = epoch_images_field()
 
 
 @defense(
@@ -40,20 +42,22 @@ class NAD(Tuning):
 def run(run: Run, inputs: Inputs, params: NAD) -> Outcome:
     """Fine-tune a teacher, then fine-tune the model with its attention maps held to the teacher's."""
     assert inputs.model is not None and inputs.clean is not None
+    suspect = inputs.model
     with torch.no_grad():
-        sizes = [tuple(stage.shape[2:]) for stage in inputs.model.frozen_copy().stages(as_floats(inputs.clean.images[:2]))]
+        sizes = [tuple(stage.shape[2:]) for stage in suspect.frozen_copy().stages(as_floats(inputs.clean.images[:2]))]
     groups = [group for group, size in enumerate(sizes) if max(size, default=1) > 1][-len(params.betas) :]
     if len(groups) < len(params.betas):
         raise LayerMissing(
-            f"{inputs.model.architecture.name} has maps of {sizes}; NAD needs {len(params.betas)} of more than one pixel",
+            f"{suspect.architecture.name} has maps of {sizes}; NAD needs {len(params.betas)} of more than one pixel",
             "Give fewer `betas`, or another method.",
         )
-    teacher = inputs.model.frozen_copy().requires_grad_(True)
+    teacher = suspect.frozen_copy().requires_grad_(True)
     run.phase("fine-tuning the teacher")
+    inputs = replace(inputs, clean=inputs.clean.at_least(params.epoch_images))
     teaching = params.model_copy(update={"epochs": params.teacher_epochs})
     taught = tune(run, "teacher", inputs, teaching, cross_entropy(teacher), model=teacher)
     teacher.requires_grad_(False)
-    student = inputs.model.frozen_copy().requires_grad_(True)
+    student = suspect.frozen_copy().requires_grad_(True)
     generator = run.generator("distil", "cutout")
 
     def loss(images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
