@@ -8,10 +8,11 @@ import torch
 from pydantic import Field
 
 from core import pruning
-from core.catalog import Params
+from core.catalog import Inputs, Outcome, Params
 from core.classifier import Classifier
 from core.errors import NothingLeft
 from core.evaluation import predict
+from core.run import Run
 
 
 class Sparing(Params):
@@ -27,22 +28,34 @@ class Sparing(Params):
     )
 
 
-def remove(
-    classifier: Classifier, chosen: dict[str, torch.Tensor], suspicion: dict[str, torch.Tensor], images: torch.Tensor, *, agreement: float
-) -> dict[str, Any]:
-    """Take out, in place, as many of the chosen channels as leave the predictions on clean images what they were. See `pruning.remove`.
+def prune(run: Run, inputs: Inputs, suspicion: dict[str, torch.Tensor], *, least: float, agreement: float) -> Outcome:
+    """Return the suspect model without its suspicious channels.
 
     Args:
-        chosen: by layer name, (channels,) bool. suspicion: likewise, numbers; the largest go first.
+        suspicion: of every BatchNorm channel, by layer name, (channels,). least: what makes one a candidate.
+    """
+    assert inputs.model is not None and inputs.clean is not None
+    run.phase("pruning")
+    model = inputs.model.frozen_copy()
+    findings = remove(model, suspicion, inputs.clean.images, least=least, agreement=agreement)
+    run.log(f"pruned {findings['pruned']} of {findings['channels']} channels and spared {findings['spared']} that predictions rest on")
+    inputs.watch(model)
+    return Outcome(model=model.requires_grad_(True), findings=findings)
+
+
+def remove(classifier: Classifier, suspicion: dict[str, torch.Tensor], images: torch.Tensor, *, least: float, agreement: float) -> dict[str, Any]:
+    """Take out, in place, as many channels as leave the predictions on clean images what they were; see `prune` and `pruning.remove`.
+
+    Args:
         images: uint8 (N, C, H, W). agreement: the share of them whose predicted class must stay.
     """
     order = sorted(
-        ((float(suspicion[name][index]), name, int(index)) for name, which in chosen.items() for index in which.nonzero().squeeze(1)), reverse=True
+        ((float(values[index]), name, int(index)) for name, values in suspicion.items() for index in (values >= least).nonzero().squeeze(1)), reverse=True
     )  # fmt: skip
     before = predict(classifier, images)
 
     def first(count: int) -> dict[str, torch.Tensor]:
-        taken = {name: torch.zeros_like(which) for name, which in chosen.items()}
+        taken = {name: torch.zeros_like(values, dtype=torch.bool) for name, values in suspicion.items()}
         for _, name, index in order[:count]:
             taken[name][index] = True
         return taken
@@ -57,9 +70,8 @@ def remove(
             return False
         return float((predict(trial, images) == before).float().mean()) >= agreement
 
-    kept, tried = 0, len(order)
     # Bisection: more channels change more predictions, nearly always, and every answer is checked.
-    below = len(order) + 1
+    kept, tried, below = 0, len(order), len(order) + 1
     while kept < tried:
         if agrees(tried):
             kept = tried

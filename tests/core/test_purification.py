@@ -208,26 +208,26 @@ def test_pruning_is_sparing_of_what_the_predictions_rest_on() -> None:
     classifier = model()
     images = noise(60).images
     before = predict(classifier, images)
-    layers = pruning.batch_norms(classifier)
-    chosen = {name: torch.ones(layer.num_features, dtype=torch.bool) for name, layer in layers.items()}
-    suspicion = {name: torch.rand(layer.num_features, generator=torch.Generator().manual_seed(1)) for name, layer in layers.items()}
+    generator = torch.Generator().manual_seed(1)
+    suspicion = {name: torch.rand(layer.num_features, generator=generator) for name, layer in pruning.batch_norms(classifier).items()}
+    ranked = sorted(((float(value), name, index) for name, values in suspicion.items() for index, value in enumerate(values)), reverse=True)
     with pytest.raises(NothingLeft):
-        sparing.remove(classifier.frozen_copy(), chosen, suspicion, images, agreement=0)
+        sparing.remove(classifier.frozen_copy(), suspicion, images, least=0, agreement=0)
     spared = classifier.frozen_copy()
-    found = sparing.remove(spared, chosen, suspicion, images, agreement=0.9)
+    found = sparing.remove(spared, suspicion, images, least=0, agreement=0.9)
     assert found["pruned"] + found["spared"] == found["channels"] and found["pruned"] > 0
     assert float((predict(spared, images) == before).float().mean()) >= 0.9
-    # The most suspicious went.
+    # The most suspicious went, and one more would have been one too many.
     gone = {(name, int(index)) for name, layer in pruning.batch_norms(spared).items() for index in (layer.weight == 0).nonzero().squeeze(1)}
-    ranked = sorted(((float(value), name, index) for name, values in suspicion.items() for index, value in enumerate(values)), reverse=True)
     assert gone == {(name, index) for _, name, index in ranked[: found["pruned"]]}
-    # One more would have been one too many.
-    further = classifier.frozen_copy()
-    following = {name: torch.zeros_like(which) for name, which in chosen.items()}
-    for _, name, index in ranked[: found["pruned"] + 1]:
-        following[name][index] = True
-    pruning.remove(further, following, bias=False)
-    assert float((predict(further, images) == before).float().mean()) < 0.9
+    layers = pruning.batch_norms(spared)
+    _, name, index = ranked[found["pruned"]]
+    with torch.no_grad():
+        layers[name].weight[index] = 0
+    assert float((predict(spared, images) == before).float().mean()) < 0.9
+    # What is not suspicious stays, whatever it would cost.
+    few = sparing.remove(classifier.frozen_copy(), suspicion, images, least=ranked[2][0], agreement=0)
+    assert few["pruned"] == 3 and few["spared"] == 0
 
 
 def test_few_images_are_gone_through_until_an_epoch_is_long_enough() -> None:

@@ -38,9 +38,8 @@ def run(run: Run, inputs: Inputs, params: ANP) -> Outcome:
     """Learn which channels stand adversarial noise on BatchNorm, and prune the others."""
     assert inputs.model is not None and inputs.clean is not None and inputs.clean.labels is not None
     clean, clean_labels = inputs.clean, inputs.clean.labels
-    model = inputs.model.frozen_copy().requires_grad_(True)
     # Masks are learnt on a copy: its running statistics drift, and only the masks are kept.
-    trial = model.frozen_copy()
+    trial = inputs.model.frozen_copy()
     masks = ChannelMasks(trial)
     optimizer = torch.optim.SGD(list(masks.values.values()), lr=params.mask_rate, momentum=0.9)
     generator = run.generator("anp")
@@ -62,17 +61,9 @@ def run(run: Run, inputs: Inputs, params: ANP) -> Outcome:
         loss.backward()
         optimizer.step()
         masks.clip()
-    run.phase("pruning")
-    findings = sparing.remove(
-        model,
-        {name: value.detach() <= params.threshold for name, value in masks.values.items()},
-        {name: -value.detach() for name, value in masks.values.items()},
-        clean.images,
-        agreement=params.agreement,
-    )
-    run.log(f"pruned {findings['pruned']} of {findings['channels']} channels")
-    inputs.watch(model)
-    return Outcome(model=model.eval(), findings=findings)
+    return sparing.prune(
+        run, inputs, {name: -value.detach() for name, value in masks.values.items()}, least=-params.threshold, agreement=params.agreement
+    )  # fmt: skip
 
 
 def _start(mask: torch.Tensor, epsilon: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,8 +30,8 @@ class BNP(Sparing):
 def run(run: Run, inputs: Inputs, params: BNP) -> Outcome:
     """Prune the channels whose inputs on clean images diverge from the statistics recorded in training; no labels."""
     assert inputs.model is not None and inputs.clean is not None
-    model = inputs.model.frozen_copy().requires_grad_(True)
-    run.phase("pruning")
+    model = inputs.model.frozen_copy()
+    run.phase("comparing")
     layers = pruning.batch_norms(model)
     # Sums over images and places: count, sum, sum of squares.
     sums = {name: torch.zeros(3, layer.num_features, dtype=torch.float64, device=run.device) for name, layer in layers.items()}
@@ -49,20 +49,16 @@ def run(run: Run, inputs: Inputs, params: BNP) -> Outcome:
     with torch.no_grad():
         for chunk in inputs.clean.images.split(250):
             run.check_cancelled()
-            model.eval()(as_floats(chunk))
+            model(as_floats(chunk))
     for hook in hooks:
         hook.remove()
-    chosen, suspicion = {}, {}
+    suspicion = {}
     for name, layer in layers.items():
         count, total, squares = sums[name]
         mean = total / count
         found = divergence(mean, (squares / count - mean.square()).clamp(min=0), layer)
         suspicion[name] = (found - found.mean()) / found.std()
-        chosen[name] = suspicion[name] > params.deviations
-    findings = sparing.remove(model, chosen, suspicion, inputs.clean.images, agreement=params.agreement)
-    run.log(f"pruned {findings['pruned']} of {findings['channels']} channels")
-    inputs.watch(model)
-    return Outcome(model=model.eval(), findings=findings)
+    return sparing.prune(run, inputs, suspicion, least=params.deviations, agreement=params.agreement)
 
 
 def divergence(mean: torch.Tensor, variance: torch.Tensor, bn: torch.nn.BatchNorm2d) -> torch.Tensor:

@@ -42,7 +42,6 @@ def run(run: Run, inputs: Inputs, params: RNP) -> Outcome:
     """Unlearn neurons, recover channels on the unlearned model, and prune what recovering the clean task does not want."""
     assert inputs.model is not None and inputs.clean is not None and inputs.clean.labels is not None
     clean, labels = inputs.clean, inputs.clean.labels
-    model = inputs.model.frozen_copy().requires_grad_(True)
     unlearned = inputs.model.frozen_copy().requires_grad_(True)
     optimizer = torch.optim.SGD(unlearned.parameters(), lr=params.unlearning_rate, momentum=0.9, weight_decay=5e-4)
     generator = run.generator("unlearn")
@@ -76,14 +75,8 @@ def run(run: Run, inputs: Inputs, params: RNP) -> Outcome:
             (params.alpha * F.cross_entropy(masks.logits(as_floats(clean.images[here])), labels[here])).backward()
             mask_optimizer.step()
             masks.clip()
-    run.phase("pruning")
-    findings = sparing.remove(
-        model,
-        {name: value.detach() <= params.threshold for name, value in masks.values.items()},
-        {name: -value.detach() for name, value in masks.values.items()},
-        clean.images,
-        agreement=params.agreement,
-    )
-    run.log(f"pruned {findings['pruned']} of {findings['channels']} channels")
-    inputs.watch(model)
-    return Outcome(model=model.eval(), findings={**findings, "unlearned_accuracy": reached["accuracy"]})
+    outcome = sparing.prune(
+        run, inputs, {name: -value.detach() for name, value in masks.values.items()}, least=-params.threshold, agreement=params.agreement
+    )  # fmt: skip
+    outcome.findings["unlearned_accuracy"] = reached["accuracy"]
+    return outcome
