@@ -198,17 +198,23 @@ def one(cell: Cell, threads: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     started = time.monotonic()
     train, test = data(cell.setting.dataset)
-    model, made = trained(cell.setting, cell.attack, cell.seed)
-    model = model.to(cell.setting.device)
     splits = cell.defense is not None and catalog.defenses()[cell.defense["method"]].kind is Kind.CLEANSE
+    if splits and not observes(cell):
+        # It trains what it needs itself.
+        model, made = None, planned_poison(Run(seed=cell.seed, device=cell.setting.device), cell.setting, cell.attack)
+    else:
+        model, made = trained(cell.setting, cell.attack, cell.seed)
+        model = model.to(cell.setting.device)
     triggered = poisoning.triggered(test, made.trigger, train.classes) if made and not splits else None
     # A cleanser changes no model: there is nothing to measure before and after.
-    found: dict[str, Any] = {"before": None if splits else evaluation.evaluate(model, test, triggered), "after": None, "counts": None}
+    before = None if splits or model is None else evaluation.evaluate(model, test, triggered)
+    found: dict[str, Any] = {"before": before, "after": None, "counts": None}
     if made is not None:
         found["counts"] = made.counts(train.labels)
     if cell.defense is not None:
         found |= defended(cell, model, train, test, triggered, made)
-    found["victim_seconds"] = json.loads((victim_folder(cell.setting, cell.attack, cell.seed) / "victim.json").read_text())["seconds"]
+    if model is not None:
+        found["victim_seconds"] = json.loads((victim_folder(cell.setting, cell.attack, cell.seed) / "victim.json").read_text())["seconds"]
     found["seconds"] = round(time.monotonic() - started, 1)
     found["machine"] = machine()
     keep(cell.path, {"cell": asdict(cell), **found})
@@ -223,7 +229,15 @@ def one(cell: Cell, threads: int) -> None:
     print(f"{cell.row} · {cell.column} · seed {cell.seed}: BA {shown['ba']['value']:.2%}{asr}, {found['seconds']:.0f} s", flush=True)
 
 
-def defended(cell: Cell, model: Classifier, train: ImageSet, test: ImageSet, triggered: Triggered | None, made: Recipe | None) -> dict[str, Any]:
+def observes(cell: Cell) -> bool:
+    """Say whether the cell's defense looks at a model trained on the suspect set: it would train the very one that is in the cache."""
+    assert cell.defense is not None
+    method = catalog.defenses()[cell.defense["method"]]
+    params = catalog.validate({method.name: method}, filled(cell.defense, cell.attack, cell.setting.model))
+    return isinstance(getattr(params, "split", params), Observing)
+
+
+def defended(cell: Cell, model: Classifier | None, train: ImageSet, test: ImageSet, triggered: Triggered | None, made: Recipe | None) -> dict[str, Any]:
     """Run the cell's defense on its victim, or on what the victim was trained on, and measure again; the last state counts, whatever it is."""
     assert cell.defense is not None
     method = catalog.defenses()[cell.defense["method"]]
@@ -234,10 +248,8 @@ def defended(cell: Cell, model: Classifier, train: ImageSet, test: ImageSet, tri
     inputs = Inputs(model=model, clean=clean)
     poison = poisoning.poison(train, made) if made is not None and Need.SUSPECT_DATASET in method.needs else None
     if Need.SUSPECT_DATASET in method.needs:
-        # A cleanser that looks at activations would train the very model that is in the cache.
-        observing = isinstance(getattr(params, "split", params), Observing)
         suspect = (poison.data if poison is not None else train).placed(run.device)
-        inputs = Inputs(model=model if observing else None, clean=clean, suspect=suspect, preprocessing=cell.setting.normalisation())
+        inputs = Inputs(model=model if observes(cell) else None, clean=clean, suspect=suspect, preprocessing=cell.setting.normalisation())
     try:
         catalog.require(method, inputs, params)
         outcome = method.run(run, inputs, params)
@@ -304,12 +316,8 @@ def train_victim(setting: Setting, attack: dict[str, Any] | None, seed: int, fol
     run = Run(
         seed=seed, device=setting.device, folder=folder / "run", checkpoint_seconds=60, emit=lambda event: print(json.dumps(event), file=events, flush=True)
     )
-    if attack is not None:
-        kind = catalog.attacks()[attack["method"]]
-        params = kind.params(**{"seed": seed, **attack})
-        assert isinstance(params, AttackParams)
-        surrogate = trained(setting, None, seed)[0] if Need.MODEL in kind.needs else None
-        recipe = poisoning.plan(run, params, train, surrogate)
+    recipe = planned_poison(run, setting, attack)
+    if recipe is not None:
         recipe.save(folder / "recipe.safetensors")
         train = poisoning.poison(train, recipe).data
     model = victim.train(run, train, architecture=setting.model, preprocessing=setting.normalisation(), recipe=setting.training())
@@ -318,6 +326,17 @@ def train_victim(setting: Setting, attack: dict[str, Any] | None, seed: int, fol
     # The checkpoints of the training are as large as the victim, and nobody needs them now.
     shutil.rmtree(folder / "run")
     keep(folder / "victim.json", {"seconds": round(time.monotonic() - started, 1), "sha256": report.sha256(folder / "model.safetensors"), "machine": machine()})
+
+
+def planned_poison(run: Run, setting: Setting, attack: dict[str, Any] | None) -> Recipe | None:
+    """Return the recipe of a victim's poison, drawn by the run's seed alone; None for an unpoisoned one."""
+    if attack is None:
+        return None
+    kind = catalog.attacks()[attack["method"]]
+    params = kind.params(**{"seed": run.seed, **attack})
+    assert isinstance(params, AttackParams)
+    surrogate = trained(setting, None, run.seed)[0] if Need.MODEL in kind.needs else None
+    return poisoning.plan(run, params, data(setting.dataset)[0], surrogate)
 
 
 def victim_folder(setting: Setting, attack: dict[str, Any] | None, seed: int) -> Path:
