@@ -37,7 +37,7 @@ from core.activations import Observing
 from core.allocator import keep_freed_memory
 from core.catalog import Inputs, Kind, Need
 from core.classifier import Classifier, Preprocessing
-from core.errors import EngineError
+from core.errors import BadJob, EngineError
 from core.images import ImageSet
 from core.poisoning import AttackParams, Recipe, Triggered
 from core.run import Run
@@ -55,6 +55,7 @@ class Setting:
     """What a table's cells have in common.
 
     Attributes:
+        model: an architecture's name; or the path, in `UNPOISON_SHARED`, of a checkpoint that somebody else trained with the row's attack.
         epochs: instead of the recipe's own number, None keeps that.
     """
 
@@ -65,6 +66,11 @@ class Setting:
     clean_fraction: float
     device: str
     epochs: int | None = None
+
+    @property
+    def published(self) -> bool:
+        """Whether victims are somebody else's checkpoint."""
+        return "/" in self.model
 
     def training(self) -> victim.Recipe:
         """Return how victims are trained."""
@@ -209,7 +215,8 @@ def one(cell: Cell, threads: int) -> None:
     # A cleanser changes no model: there is nothing to measure before and after.
     before = None if splits or model is None else evaluation.evaluate(model, test, triggered)
     found: dict[str, Any] = {"before": before, "after": None, "counts": None}
-    if made is not None:
+    # How many images its authors poisoned is theirs to say.
+    if made is not None and not cell.setting.published:
         found["counts"] = made.counts(train.labels)
     if cell.defense is not None:
         found |= defended(cell, model, train, test, triggered, made)
@@ -304,12 +311,13 @@ def trained(setting: Setting, attack: dict[str, Any] | None, seed: int) -> tuple
     with lock(folder / "lock"):
         if not (folder / "victim.json").exists():
             train_victim(setting, attack, seed, folder)
-    model, _ = weights.identify(weights.read(folder / "model.safetensors"), None, architecture=setting.model, preprocessing=setting.normalisation())
+    architecture = None if setting.published else setting.model
+    model, _ = weights.identify(weights.read(folder / "model.safetensors"), None, architecture=architecture, preprocessing=setting.normalisation())
     return model, Recipe.load(folder / "recipe.safetensors") if attack is not None else None
 
 
 def train_victim(setting: Setting, attack: dict[str, Any] | None, seed: int, folder: Path) -> None:
-    """Poison, train, and write recipe and model into the folder; a stopped training goes on from its last checkpoint."""
+    """Poison, train (or read what is published), and write recipe and model into the folder; a stopped training goes on from its last checkpoint."""
     train, _ = data(setting.dataset)
     started = time.monotonic()
     events = (folder / "events.jsonl").open("a")
@@ -320,8 +328,14 @@ def train_victim(setting: Setting, attack: dict[str, Any] | None, seed: int, fol
     if recipe is not None:
         recipe.save(folder / "recipe.safetensors")
         train = poisoning.poison(train, recipe).data
-    model = victim.train(run, train, architecture=setting.model, preprocessing=setting.normalisation(), recipe=setting.training())
-    weights.save(model, folder / "model.safetensors")
+    if setting.published:
+        if not (SHARED / setting.model).exists():
+            raise BadJob(f"{setting.model} is not in {SHARED}", "Set UNPOISON_SHARED to the folder that holds cases/ and data/.")
+        # Not even a benchmark opens a stranger's file itself.
+        subprocess.run([sys.executable, "-m", "intake", "model", SHARED / setting.model, folder], check=True, stdout=subprocess.DEVNULL)
+    else:
+        model = victim.train(run, train, architecture=setting.model, preprocessing=setting.normalisation(), recipe=setting.training())
+        weights.save(model, folder / "model.safetensors")
     events.close()
     # The checkpoints of the training are as large as the victim, and nobody needs them now.
     shutil.rmtree(folder / "run")
@@ -362,11 +376,13 @@ def write(name: str, budget: str, table: dict[str, Any], setting: Setting, cells
     out.with_suffix(".json").write_text(json.dumps({**described, "cells": found}, indent=1) + "\n")
     lines = [f"# {table['title']}", "", table["about"], ""]
     recipe = setting.training()
-    lines += [
-        f"Budget `{budget}`: {setting.model} on {setting.dataset}, {recipe.epochs} epochs of {recipe.optimizer} ({recipe.schedule.replace('_', ' ')} from {recipe.rate}), "
-        f"batch {recipe.batch_size}, {'crop and flip' if recipe.augment else 'no augmentation'}; defenses get {100 * setting.clean_fraction:g} % clean images.",
-        "",
-    ]
+    victims = (
+        f"{setting.model}, as its authors published it"
+        if setting.published
+        else f"{setting.model} on {setting.dataset}, {recipe.epochs} epochs of {recipe.optimizer} ({recipe.schedule.replace('_', ' ')} from {recipe.rate}), "
+        f"batch {recipe.batch_size}, {'crop and flip' if recipe.augment else 'no augmentation'}"
+    )
+    lines += [f"Budget `{budget}`: {victims}; defenses get {100 * setting.clean_fraction:g} % clean images.", ""]
     lines += rendered_splits(table, found) if table.get("of") == "splits" else rendered(table, found)
     lines += [
         "",

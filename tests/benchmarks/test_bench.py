@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import bench, digits, inspection
-from core import catalog, poisoning, victim
+from core import catalog, evaluation, poisoning, victim
+from core.errors import BadJob
 from core.images import ImageSet
 from core.poisoning import AttackParams
 from core.run import Run
@@ -140,3 +142,19 @@ def test_a_fresh_clone_goes_on_where_committed_results_end(setting: bench.Settin
     assert all(cell.path.exists() for cell in cells)
     assert bench.write("again", "cpu", TABLE, setting, cells) == 0
     assert (tmp_path / "results" / "again.json").read_text() == (tmp_path / "results" / "small.json").read_text()
+
+
+def test_a_table_can_be_of_a_checkpoint_that_somebody_else_trained(setting: bench.Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [replace(cell, setting=replace(cell.setting, model="cases/theirs.pth")) for cell in bench.planned(TABLE, setting, 1) if cell.row == "Grid"]
+    monkeypatch.setattr(bench, "SHARED", tmp_path)
+    with pytest.raises(BadJob, match="is not in"):
+        bench.measure(cells, 1)
+    theirs, _ = bench.trained(setting, None, 0)
+    (tmp_path / "cases").mkdir()
+    torch.save({"state_dict": theirs.network.state_dict()}, tmp_path / "cases" / "theirs.pth")
+    bench.measure(cells, 1)
+    before, tuned = (json.loads(cell.path.read_text()) for cell in cells)
+    _, test = bench.data("noise")
+    assert before["before"]["ba"] == evaluation.evaluate(theirs, test)["ba"] == tuned["before"]["ba"] and "asr" in tuned["after"]
+    bench.write("theirs", "cpu", TABLE, cells[0].setting, cells)
+    assert "cases/theirs.pth, as its authors published it" in (tmp_path / "results" / "theirs.md").read_text()
