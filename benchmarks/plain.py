@@ -32,24 +32,47 @@ class Pictures(Dataset[tuple[torch.Tensor, int]]):
         return self._transform(self._images[index]), 0
 
 
-def neural_cleanse(model: Classifier, images: torch.Tensor, *, passes: int, batches: int, batch_size: int, cost: float = 1e-3) -> list[float]:
-    """Invert each label for `passes` times `batches` mini-batches; return the mask norms."""
+def neural_cleanse(model: Classifier, images: torch.Tensor, *, passes: int, batches: int, batch_size: int, threshold: float = 0.99) -> list[float]:
+    """Invert one label after the other with the published schedule of the cost; return the smallest successful masks' norms.
+
+    A pass is `batches` mini-batches. The cost starts at 0, is set to 1e-3 after five successful passes, doubled after five more and divided by
+    2^1.5 after five failures; a label ends when it has moved both ways and 25 passes brought no smaller mask.
+    """
     model = _reference(model)
     norms = []
     for label in range(model.classes):
         loader = DataLoader(Pictures(images, augment=False), batch_size=batch_size, shuffle=True)
-        mask, pattern = (torch.randn(*size).requires_grad_(True) for size in (images.shape[2:], images.shape[1:]))
+        mask, pattern = (torch.atanh((torch.rand(*size) - 0.5) * (2 - 1e-4)).requires_grad_(True) for size in (images.shape[2:], images.shape[1:]))
         optimizer = torch.optim.Adam([mask, pattern], lr=0.1, betas=(0.5, 0.9))
+        cost, best, set_, up, down, stale = 0.0, float("inf"), 0, 0, 0, 0
+        raised = lowered = False
         for _ in range(passes):
+            hits = seen = 0
             for index, (x, _) in enumerate(loader):
                 if index == batches:
                     break
                 m, delta = torch.tanh(mask) / 2 + 0.5, torch.tanh(pattern) / 2 + 0.5
-                loss = F.cross_entropy(model((1 - m) * x + m * delta), torch.full((len(x),), label)) + cost * m.abs().sum()
+                logits = model((1 - m) * x + m * delta)
+                loss = F.cross_entropy(logits, torch.full((len(x),), label)) + cost * m.abs().sum()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        norms.append(float((torch.tanh(mask) / 2 + 0.5).sum().detach()))
+                hits, seen = hits + int((logits.argmax(1) == label).sum()), seen + len(x)
+            good, norm = hits / seen >= threshold, float((torch.tanh(mask) / 2 + 0.5).sum().detach())
+            stale = 0 if good and norm < best else stale + 1
+            best = min(best, norm) if good else best
+            if best < float("inf") and raised and lowered and stale >= 25:
+                break
+            if cost == 0:
+                set_ = set_ + 1 if good else 0
+                if set_ >= 5:
+                    cost, up, down, raised, lowered = 1e-3, 0, 0, False, False
+            up, down = (up + 1, 0) if good else (0, down + 1)
+            if up >= 5:
+                up, cost, raised = 0, cost * 2, True
+            elif down >= 5:
+                down, cost, lowered = 0, cost / 2**1.5, True
+        norms.append(best if best < float("inf") else norm)
     return norms
 
 

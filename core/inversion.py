@@ -155,7 +155,9 @@ class DynamicCost:
     Args:
         count: labels. shape: (C, H, W).
         threshold: success rate in [0, 1] that counts as success.
-        stop_patience: passes without a smaller mask after which a label ends, once the cost has moved both ways.
+        stop_patience: passes without a smaller mask after which a label ends.
+        tolerance: share by which a mask must fall below the last one that did, to count as smaller; 0 as published, and then the cost must have moved
+            both ways before a label ends.
     """
 
     rate = 0.1
@@ -172,7 +174,7 @@ class DynamicCost:
         initial: float = 1e-3,
         patience: int = 5,
         factor: float = 2.0,
-        stop_threshold: float = 1.0,
+        tolerance: float = 0.0,
         stop_patience: int = 25,
     ) -> None:
         def start(*size: int) -> torch.Tensor:
@@ -183,7 +185,7 @@ class DynamicCost:
         self._mask, self._pattern = start(*shape[1:]), start(*shape)
         self.parameters = [self._mask, self._pattern]
         self.threshold, self.initial, self.patience, self.factor = threshold, initial, patience, factor
-        self.stop_threshold, self.stop_patience = stop_threshold, stop_patience
+        self.tolerance, self.stop_patience = tolerance, stop_patience
         self.cost = torch.zeros(count, device=device)
         self._counters = torch.zeros(4, count, device=device)  # set, up, down, early stop
         self._moved = torch.zeros(2, count, dtype=torch.bool, device=device)  # up, down
@@ -213,12 +215,13 @@ class DynamicCost:
 
         set_, up, down, stop = self._counters
         found = self._best[0].isfinite()
-        stale = found & (self._best[0] >= self.stop_threshold * self._best[1])
-        stop.copy_(torch.where(found, torch.where(stale, stop + 1, 0.0), stop))
-        self._best[1] = torch.minimum(self._best[1], self._best[0])
-        finished = self._moved.all(0) & (stop >= self.stop_patience)
-
+        smaller = found & (self._best[0] < (1 - self.tolerance) * self._best[1])
+        stop.copy_(torch.where(found, torch.where(smaller, 0.0, stop + 1), stop))
+        self._best[1] = torch.where(smaller, self._best[0], self._best[1])
         free = self.cost == 0
+        settled = ~free if self.tolerance else self._moved.all(0)
+        finished = settled & (stop >= self.stop_patience)
+
         set_.copy_(torch.where(free & good, set_ + 1, 0.0))
         arm = free & (set_ >= self.patience)
         self.cost[arm] = self.initial
@@ -328,11 +331,14 @@ def invert_every_label(
     batches_per_pass: int = 8,
     batch_size: int = 32,
     success: float = 0.99,
+    tolerance: float = 0.05,
+    patience: int = 20,
 ) -> Triggers:
-    """Recover a trigger for every class at once with Neural Cleanse's own objective (Wang et al., S&P 2019)."""
+    """Recover a trigger for every class at once with Neural Cleanse's own objective (Wang et al., S&P 2019); `tolerance` 0, `patience` 25 as published."""
     _, channels, height, width = clean.images.shape
     start = run.generator(name, "start")
-    objective = DynamicCost(classifier.classes, (channels, height, width), start, device=run.device, threshold=success)
+    shape = (channels, height, width)
+    objective = DynamicCost(classifier.classes, shape, start, device=run.device, threshold=success, tolerance=tolerance, stop_patience=patience)
     return invert(
         run,
         name,

@@ -121,6 +121,15 @@ def test_dynamic_cost_stops_when_the_mask_no_longer_shrinks() -> None:
     assert finished[-1] and not finished[2]
 
 
+@pytest.mark.parametrize(("tolerance", "ends"), [(0.1, 7), (0.0, None)])
+def test_with_a_tolerance_a_mask_that_hardly_shrinks_is_done(tolerance: float, ends: int | None) -> None:
+    # The cost only rises; of 100, 95, 85, 84, 83, … with a tolerance of a tenth 85 is the last smaller one.
+    cost = inversion.DynamicCost(1, (1, 2, 2), torch.Generator(), device=torch.device("cpu"), patience=1, tolerance=tolerance, stop_patience=4)
+    norms = [100.0, 95.0, 85.0, *(84.0 - step for step in range(8))]
+    finished = [bool(cost.update(torch.tensor([1.0]), torch.tensor([norm]))) for norm in norms]
+    assert (finished.index(True) + 1 if ends else any(finished)) == (ends or False)
+
+
 def sequential(
     model: Classifier, data: ImageSet, label: int, mask: torch.Tensor, pattern: torch.Tensor, passes: int, weight: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

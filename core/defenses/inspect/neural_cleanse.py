@@ -26,6 +26,15 @@ class NeuralCleanse(Params):
     batches_per_pass: int = Field(default=8, ge=1, le=10_000, title="Batches a pass")
     batch_size: int = Field(default=32, ge=1, le=4096, title="Batch size")
     success: float = Field(default=0.99, gt=0, le=1, title="Success rate", description="Share of images a trigger must send to its label (dynamic).")
+    tolerance: float = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        title="Tolerance",
+        description="Share by which a mask must shrink to count as smaller; a label whose mask has not in `patience` passes leaves (dynamic). As published: 0, and "
+        "the cost must have moved both ways.",
+    )
+    patience: int = Field(default=20, ge=1, le=10_000, title="Patience", description="Passes without a smaller mask. As published: 25.")
     mask_weight: float = Field(default=0.01, gt=0, le=10, title="Mask weight", description="lambda of the fixed objective.")
     threshold: float = Field(default=2.0, gt=0, le=100, title="Anomaly index", description="A label with a smaller mask and an index above this is flagged.")
 
@@ -60,7 +69,7 @@ def examine(run: Run, inputs: Inputs, params: NeuralCleanse) -> tuple[dict[str, 
     }
     name = "invert all labels"
     if params.objective == "dynamic":
-        triggers = inversion.invert_every_label(run, name, success=params.success, **shared)
+        triggers = inversion.invert_every_label(run, name, success=params.success, tolerance=params.tolerance, patience=params.patience, **shared)
     else:
         scale, offset = torch.ones(channels, device=run.device), torch.zeros(channels, device=run.device)
         start = run.generator(name, "start")
