@@ -331,10 +331,10 @@ def invert_every_label(
     batches_per_pass: int = 8,
     batch_size: int = 32,
     success: float = 0.99,
-    tolerance: float = 0.05,
-    patience: int = 20,
+    tolerance: float = 0.0,
+    patience: int = 25,
 ) -> Triggers:
-    """Recover a trigger for every class at once with Neural Cleanse's own objective (Wang et al., S&P 2019); `tolerance` 0, `patience` 25 as published."""
+    """Recover a trigger for every class at once with Neural Cleanse's own objective (Wang et al., S&P 2019)."""
     _, channels, height, width = clean.images.shape
     start = run.generator(name, "start")
     shape = (channels, height, width)

@@ -27,14 +27,14 @@ class NeuralCleanse(Params):
     batch_size: int = Field(default=32, ge=1, le=4096, title="Batch size")
     success: float = Field(default=0.99, gt=0, le=1, title="Success rate", description="Share of images a trigger must send to its label (dynamic).")
     tolerance: float = Field(
-        default=0.05,
+        default=0.0,
         ge=0,
         lt=1,
         title="Tolerance",
-        description="Share by which a mask must shrink to count as smaller; a label whose mask has not in `patience` passes leaves (dynamic). As published: 0, and "
-        "the cost must have moved both ways.",
+        description="Share by which a mask must shrink to count as smaller; a label whose mask has not in `patience` passes leaves (dynamic). 0 as published: any smaller "
+        "mask counts, and the cost must have moved both ways. 0.05 with a patience of 20 takes two thirds of the time; of 20 small backdoored models it found one less.",
     )
-    patience: int = Field(default=20, ge=1, le=10_000, title="Patience", description="Passes without a smaller mask. As published: 25.")
+    patience: int = Field(default=25, ge=1, le=10_000, title="Patience", description="Passes without a smaller mask.")
     mask_weight: float = Field(default=0.01, gt=0, le=10, title="Mask weight", description="lambda of the fixed objective.")
     threshold: float = Field(default=2.0, gt=0, le=100, title="Anomaly index", description="A label with a smaller mask and an index above this is flagged.")
 
