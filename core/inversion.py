@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 from core.augment import Augment, none
 from core.classifier import Classifier
-from core.frozen import transparent
 from core.images import ImageSet, as_floats
 from core.run import Run
 from core.training import batches, mixed_precision
@@ -277,7 +276,7 @@ def invert(
         clean: images on the run's device; their own labels are not used.
         labels: target classes, in the order of the objective's entries.
     """
-    frozen = transparent(classifier)
+    frozen = classifier.frozen_copy()
     targets = torch.tensor(list(labels), device=run.device)
     active = torch.ones(len(labels), dtype=torch.bool, device=run.device)
     success = torch.zeros(len(labels), device=run.device)

@@ -32,7 +32,7 @@ class NeuralCleanse(Params):
         lt=1,
         title="Tolerance",
         description="Share by which a mask must shrink to count as smaller; a label whose mask has not in `patience` passes leaves (dynamic). 0 as published: any smaller "
-        "mask counts, and the cost must have moved both ways. 0.05 with a patience of 20 takes two thirds of the time; of 20 small backdoored models it found one less.",
+        "mask counts, and the cost must have moved both ways. 0.05 with a patience of 20 takes two thirds of the time, and judged two of 40 small models worse.",
     )
     patience: int = Field(default=25, ge=1, le=10_000, title="Patience", description="Passes without a smaller mask.")
     mask_weight: float = Field(default=0.01, gt=0, le=10, title="Mask weight", description="lambda of the fixed objective.")
