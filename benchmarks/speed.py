@@ -140,7 +140,7 @@ def step(batch: int, rounds: int, steps: int = 40) -> dict[str, Any]:
 
 def inspection(passes: int = 120, batches: int = 8, batch_size: int = 32) -> list[dict[str, Any]]:
     """Return the seconds of Neural Cleanse over ten labels, ours with its defaults and leaving early, and as a plain loop, with the masks of each."""
-    model, clean = published_like()
+    model, clean = published()
     norms: dict[str, list[float]] = {}
 
     def ours(name: str, **rule: Any) -> None:
@@ -166,7 +166,7 @@ def purification(share: float = 0.2) -> dict[str, Any]:
     Args:
         share: of its epochs that the plain loop is timed for; its time goes with them, so the whole is reckoned from that.
     """
-    model, clean = published_like()
+    model, clean = published()
     method = catalog.defenses()["mcldef"]
     purified: list[Classifier] = []
 
@@ -232,9 +232,10 @@ def encoding(rounds: int, images: int = 512) -> dict[str, Any]:
     return {"images": images, **{name: statistics.median(values[1:]) for name, values in taken.items()}}
 
 
-def published_like() -> tuple[Classifier, ImageSet]:
-    """Return the BadNets victim of the tables (trained if it is not in their cache) and 2,500 clean images."""
-    setting = Setting(dataset="cifar10", model="wrn-16-1", recipe="cpu", preprocessing="cifar10", clean_fraction=0.05, device="cpu")
+def published() -> tuple[Classifier, ImageSet]:
+    """Return the victim that MCLDef's authors published and 2,500 clean images."""
+    checkpoint = "cases/mcldef-wrn16-1-badnets/WRN-16-1-badnet.pth.tar"
+    setting = Setting(dataset="cifar10", model=checkpoint, recipe="mcldef", preprocessing="cifar10", clean_fraction=0.05, device="cpu")
     model, _ = trained(setting, {"method": "badnets", "target": 5}, 0)
     return model, data("cifar10")[0].sample(2500, Run(seed=0).generator("clean images"))
 
