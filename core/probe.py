@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
@@ -15,20 +13,20 @@ from core.run import Run
 from core.training import batches
 
 
-def probe(run: Run, name: str, model: Classifier, labelled: ImageSet, **how: Any) -> list[float]:
+def probe(run: Run, name: str, model: Classifier, labelled: ImageSet) -> list[float]:
     """Train `model.head` anew on the features of labelled images, in place, as a resumable stage; return each epoch's mean loss. See `fit_head`."""
     assert labelled.labels is not None
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         model.head.reset_parameters()
-    return fit_head(run, name, model, labelled, labelled.labels, **how)
+    return fit_head(run, name, model, labelled, labelled.labels)
 
 
-def adapt(run: Run, name: str, model: Classifier, images: ImageSet, original: Classifier, **how: Any) -> list[float]:
-    """Train `model.head` on, in place, until it predicts on `images` what `original` does; no label is used. See `fit_head`."""
+def adapt(run: Run, name: str, model: Classifier, images: ImageSet, original: Classifier) -> list[float]:
+    """Train `model.head` on, in place, until it predicts on `images` what `original` (left in eval mode) does; no label is used. See `fit_head`."""
     with torch.no_grad():
         wanted = torch.cat([original.eval()(as_floats(chunk)).softmax(1) for chunk in images.images.split(500)])
-    return fit_head(run, name, model, images, wanted, **how)
+    return fit_head(run, name, model, images, wanted)
 
 
 def fit_head(
