@@ -8,7 +8,9 @@ computation on a part of them; an encoder's step with and without its loss and a
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import os
 import resource
 import statistics
@@ -43,7 +45,7 @@ def main() -> int:
     parser.add_argument("--only", choices=["attacks", "training", "purification", "cleansing"], help="measure one part")
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    # As the engine does; the plain loops run under it, too.
+    # As the engine does.
     keep_freed_memory()
     parts: dict[str, Callable[[], Any]] = {
         "attacks": lambda: attacks(options.rounds),
@@ -147,17 +149,22 @@ def inspection(passes: int = 120, batches: int = 8, batch_size: int = 32) -> lis
         how: dict[str, Any] = {"passes": passes, "batches_per_pass": batches, "batch_size": batch_size, **rule}
         norms[name] = inversion.invert_every_label(Run(device="cpu"), "speed", classifier=model, clean=clean, **how).norms
 
-    def slow() -> None:
-        norms["plain"] = plain.neural_cleanse(model, clean.images, passes=passes, batches=batches, batch_size=batch_size)
-
     whole, early = timed(lambda: ours("whole"), 1), timed(lambda: ours("early", tolerance=0.05, patience=20), 1)
-    plainly = timed(slow, 1)
+    plainly, norms["plain"] = alone(plain_neural_cleanse, passes, batches, batch_size)
     what = f"Neural Cleanse, 10 labels, at most {passes} passes of {batches} batches of {batch_size}"
     masks = {name: {"norms": found, "flagged": inversion.flagged(found)} for name, found in norms.items()}
     return [
         {"what": what, "ours": whole, "plain": plainly, "aim": 3.0, "masks": masks},
         {"what": f"{what}, tolerance 0.05", "ours": early, "plain": plainly, "aim": 3.0},
     ]
+
+
+def plain_neural_cleanse(passes: int, batches: int, batch_size: int) -> tuple[float, list[float]]:
+    """Return the seconds of the plain loop, and its masks' norms."""
+    model, clean = published()
+    norms: list[list[float]] = []
+    seconds = timed(lambda: norms.append(plain.neural_cleanse(model, clean.images, passes=passes, batches=batches, batch_size=batch_size)), 1)
+    return seconds, norms[0]
 
 
 def purification(share: float = 0.2) -> dict[str, Any]:
@@ -175,15 +182,25 @@ def purification(share: float = 0.2) -> dict[str, Any]:
         assert outcome.model is not None
         purified.append(outcome.model)
 
-    def slow() -> None:
-        plain.mcldef(model, clean.images, target=5, inversion_epochs=round(share * 100), epochs=round(share * 20))
-
-    seconds = {"ours": timed(ours, 1), "plain": timed(slow, 1) / share}
+    seconds = {"ours": timed(ours, 1), "plain": alone(plain_mcldef, share) / share}
     test = data("cifar10")[1]
     triggered = poisoning.triggered(test, poisoning.declared(BadNets(method="badnets", target=5), (3, 32, 32), 10), 10)
     after = evaluation.evaluate(purified[0], test, triggered)
     rates = {name: after[name]["value"] for name in ("ba", "ba_excluding_target", "asr")}
     return {"what": f"MCLDef, 2,500 images (the plain loop: {share:.0%} of its epochs)", **seconds, "aim": 3.0, "after": rates}
+
+
+def plain_mcldef(share: float) -> float:
+    """Return the seconds of a share of the plain loop's epochs."""
+    model, clean = published()
+    return timed(lambda: plain.mcldef(model, clean.images, target=5, inversion_epochs=round(share * 100), epochs=round(share * 20)), 1)
+
+
+def alone(measure: Callable[..., Any], *given: Any) -> Any:
+    """Return what `measure` finds in a process of its own: a plain loop is a script, and has the memory that Python gives one."""
+    threads = (os.cpu_count() or 1,)
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, threads) as pool:
+        return pool.submit(measure, *given).result()
 
 
 def comparing(images: int = 50_000, width: int = 128, k: int = 2_500, rows: int = 20) -> dict[str, Any]:

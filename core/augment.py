@@ -30,8 +30,9 @@ def crop_and_flip(padding: int = 4, *, mirror: bool = True) -> Augment:
         columns = columns + left
         rows = torch.arange(height, device=device) + top
         padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
-        which = torch.arange(count, device=device)[:, None, None]
-        return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        # Whole pixels by their number: several times as fast as by image, row and column.
+        which = (torch.arange(count, device=device)[:, None] * padded.shape[1] + rows)[:, :, None] * padded.shape[2] + columns[:, None, :]
+        return padded.flatten(0, 2).index_select(0, which.flatten()).view(count, height, width, padded.shape[3]).permute(0, 3, 1, 2)
 
     return augment
 

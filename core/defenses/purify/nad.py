@@ -17,6 +17,9 @@ from core.run import Run
 from core.training import steps
 from core.tuning import Tuning, cross_entropy, epoch_images_field, tune
 
+# Pixels of the images that the published betas are made for.
+PIXELS = 32 * 32
+
 
 class NAD(Tuning):
     """Parameters; `cutout` and `nesterov` belong to the published code, and MCLDef's comparison is taken to be without them."""
@@ -27,6 +30,12 @@ class NAD(Tuning):
         default=(500.0, 1000.0, 1000.0), min_length=1, max_length=8, title="Betas",
         description="Weights of the last residual groups whose maps have more than one pixel, in order.",
     )  # fmt: skip
+    scale_betas: bool = Field(
+        default=True,
+        title="Scale the betas",
+        description="An attention map has norm one and its loss is a mean over its pixels, so the same beta weighs more on smaller maps, and tears features apart. Betas are for "
+        "images of 32x32; on smaller ones they are multiplied by the share of pixels. As published: off.",
+    )
     power: float = Field(default=2.0, gt=0, le=10, title="Power", description="p of the attention map.")
     cutout: bool = Field(default=False, title="Cutout", description="A grey square of three pixels in every training image.")
     nesterov: bool = Field(default=False, title="Nesterov momentum")
@@ -51,6 +60,8 @@ def run(run: Run, inputs: Inputs, params: NAD) -> Outcome:
             f"{suspect.architecture.name} has maps of {sizes}; NAD needs {len(params.betas)} of more than one pixel",
             "Give fewer `betas`, or another method.",
         )
+    pixels = inputs.clean.images[0, 0].numel()
+    betas = [beta * (min(pixels / PIXELS, 1) if params.scale_betas else 1) for beta in params.betas]
     teacher = suspect.frozen_copy().requires_grad_(True)
     run.phase("fine-tuning the teacher")
     inputs = replace(inputs, clean=inputs.clean.at_least(params.epoch_images))
@@ -68,7 +79,7 @@ def run(run: Run, inputs: Inputs, params: NAD) -> Outcome:
             wanted = teacher.stages(images)
         maps = student.stages(images)
         total = F.cross_entropy(student.head(student.network.pool(maps[-1])).float(), labels)
-        for group, beta in zip(groups, params.betas, strict=True):
+        for group, beta in zip(groups, betas, strict=True):
             total = total + beta * F.mse_loss(attention(maps[group], params.power), attention(wanted[group], params.power))
         return total
 
