@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
@@ -31,7 +30,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import digits, pictures
+from benchmarks import digits, pictures, rendering
+from benchmarks.rendering import PLAIN
 from core import catalog, datasets, evaluation, poisoning, report, victim, weights
 from core.activations import Observing
 from core.allocator import keep_freed_memory
@@ -47,7 +47,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 SHARED = Path(os.environ.get("UNPOISON_SHARED", ROOT.parent / "shared"))
 CACHE = Path(os.environ.get("UNPOISON_BENCH_CACHE", ROOT / ".cache" / "bench"))
-PLAIN = "none"
 
 
 @dataclass(frozen=True)
@@ -383,10 +382,10 @@ def write(name: str, budget: str, table: dict[str, Any], setting: Setting, cells
         f"batch {recipe.batch_size}, {'crop and flip' if recipe.augment else 'no augmentation'}"
     )
     lines += [f"Budget `{budget}`: {victims}; defenses get {100 * setting.clean_fraction:g} % clean images.", ""]
-    lines += rendered_splits(table, found) if table.get("of") == "splits" else rendered(table, found)
+    lines += rendering.splits(table, found) if table.get("of") == "splits" else rendering.models(table, found)
     lines += [
         "",
-        f"Percent, mean ± standard deviation over n seeds; without trigger: how often the same images are taken for the target without it; worst class: the change, in points, of the class that lost most; seconds of the defense, or of making the victim. {machines(found)}",
+        f"Percent, mean ± standard deviation over n seeds; without trigger: how often the same images are taken for the target without it; worst class: the change, in points, of the class that lost most; seconds of the defense, or of making the victim. {rendering.machines(one['machine'] for one in found)}",
         "",
     ]
     lines += [*(f"- {note}" for note in table.get("notes", [])), ""]
@@ -398,83 +397,6 @@ def write(name: str, budget: str, table: dict[str, Any], setting: Setting, cells
         lines += [f"Clean image, triggered image, and their difference times eight, around grey:\n\n![pictures]({out.name}.png)", ""]
     out.with_suffix(".md").write_text("\n".join(lines))
     return len(cells) - len(found)
-
-
-def rendered(table: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
-    """Return the Markdown rows: ours beside the paper's."""
-    lines = [
-        "| attack | after | setting of | BA | BA, target excluded | ASR | without trigger | PA | worst class | poisoned | n | seconds | paper: BA | paper: ASR |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in table["rows"]:
-        for column in [PLAIN, *(one["name"] for one in table.get("columns", []))]:
-            cells = [one for one in found if one["cell"]["row"] == row["name"] and one["cell"]["column"] == column]
-            if not cells:
-                continue
-            refused = sorted({one["refused"]["code"] for one in cells if "refused" in one})
-            shown = [one["after"] or one["before"] for one in cells if "refused" not in one]
-            paper = row.get("paper", {}).get(column, {})
-            paper_ba = paper.get("ba", paper.get("ba_excluding_target"))
-            marked = f"{paper_ba}{' (target excluded)' if 'ba' not in paper else ''}" if paper_ba is not None else ""
-            counts = cells[0]["counts"]
-            seconds = statistics.mean(one["defense_seconds"] if "defense_seconds" in one else one["victim_seconds"] for one in cells)
-            lines.append(
-                f"| {row['name']} | {'' if column == PLAIN else column}{' '.join(['', *refused])} | {row.get('from', '')} | {spread(shown, 'ba')} | {spread(shown, 'ba_excluding_target')} | "
-                f"{spread(shown, 'asr')} | {spread(shown, 'asr_without_trigger')} | {spread(shown, 'pa')} | {worst(cells)} | {counts['n_poisoned'] if counts else ''} | {len(cells)} | {seconds:.0f} | "
-                f"{marked} | {paper.get('asr', '')} |"
-            )
-    return lines
-
-
-def rendered_splits(table: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
-    """Return the Markdown rows of a table of cleansers: what they flag, what they say of the set, what is left of it."""
-    lines = [
-        "| training set | method | poison found | clean flagged | precision | verdict | poison left | clean lost | n | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in table["rows"]:
-        for column in table["columns"]:
-            cells = [one for one in found if one["cell"]["row"] == row["name"] and one["cell"]["column"] == column["name"] and "split" in one]
-            if not cells:
-                continue
-            shown = [one["split"] for one in cells]
-            target = (row.get("attack") or {}).get("target")
-            verdicts = [one["verdict"] + (" (right class)" if one["target"] is not None and one["target"] == target else "") for one in shown]
-            lines.append(
-                f"| {row['name']} | {column['name']} | {spread(shown, 'poison_recall')} | {spread(shown, 'clean_flagged')} | {spread(shown, 'poison_precision')} | "
-                f"{', '.join(sorted(set(verdicts))).replace('_', ' ')} | {spread(shown, 'poison_left')} | {spread(shown, 'clean_lost')} | {len(cells)} | "
-                f"{statistics.mean(one['defense_seconds'] for one in cells):.0f} |"
-            )
-    return lines
-
-
-def worst(found: list[dict[str, Any]]) -> str:
-    """Return the mean change, in points, of the class that a defense cost most; empty where nothing was defended."""
-    changes = [
-        min(100 * (now["value"] - was["value"]) for was, now in zip(one["before"]["per_class"], one["after"]["per_class"], strict=True))
-        for one in found
-        if one["after"]
-    ]
-    return f"{statistics.mean(changes):+.1f}" if changes else ""
-
-
-def spread(found: list[dict[str, Any]], name: str) -> str:
-    """Return mean ± standard deviation of a rate, in percent; empty where it does not exist."""
-    values = [100 * one[name]["value"] for one in found if name in one and one[name]["value"] is not None]
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def machines(found: list[dict[str, Any]]) -> str:
-    """Return on what the cells were measured, in words."""
-    seen = sorted(
-        {
-            f"{one['machine']['processor']}, torch {one['machine']['torch']}, {one['machine']['threads']} threads a process, commit {one['machine']['commit']}"
-            for one in found
-        }
-    )
-    return "Measured on: " + "; ".join(seen) + "."
 
 
 def machine() -> dict[str, Any]:

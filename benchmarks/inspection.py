@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench, digits
+from benchmarks import bench, digits, rendering
 from core import catalog, evaluation, poisoning, victim, weights
 from core.catalog import Inputs
 from core.poisoning import AttackParams
@@ -55,7 +55,7 @@ def main() -> int:
     if options.out:
         out = bench.HERE / "results" / options.out
         out.with_suffix(".json").write_text(json.dumps({"models": found, "machine": bench.machine()}, indent=1) + "\n")
-        out.with_suffix(".md").write_text("\n".join([*lines, "", bench.machines([{"machine": bench.machine()}]), ""]))
+        out.with_suffix(".md").write_text("\n".join([*lines, "", rendering.machines([bench.machine()]), ""]))
     alarms = Counter(one["attack"] is not None for one in found if one["combined"]["verdict"] == "backdoored")
     return 0 if alarms[False] <= options.count / 20 and alarms[True] >= 0.9 * options.count else 1
 
