@@ -38,7 +38,7 @@ class IBAU(Params):
     title="I-BAU",
     paper="Zeng et al., Adversarial Unlearning of Backdoors via Implicit Hypergradient, ICLR 2022",
     needs=(Need.MODEL, Need.CLEAN_IMAGES, Need.CLEAN_LABELS),
-    caution="Small models with 300 clean images lost up to 7 points of accuracy, a WRN-16-1 with 2,500 lost 4 to 7, and blended, striped and warped triggers may survive.",
+    caution="Small models with 300 clean images lost up to 7 points of accuracy, a WRN-16-1 with 2,500 lost 2 to 7, and blended, striped and warped triggers may survive.",
 )
 def run(run: Run, inputs: Inputs, params: IBAU) -> Outcome:
     """Find the perturbation that misleads most clean images, and train so that the best such perturbation does less."""
