@@ -117,6 +117,18 @@ def gradient_ascent_trap(logits: torch.Tensor, labels: torch.Tensor, *, gamma: f
     return (torch.sign(each.detach() - gamma) * each).mean()
 
 
+def unlikelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return each image's `-log(1 - p)` of its label, (N,) (Welleck et al., ICLR 2020, Eq. 5; SAU): at least 0, steepest where p is 1.
+
+    Args:
+        logits: (N, classes), two classes or more. labels: (N,) int64.
+    """
+    logits = logits.float()
+    # 1 - p would round to zero where it matters most.
+    others = logits.masked_fill(F.one_hot(labels, logits.shape[1]).bool(), float("-inf"))
+    return logits.logsumexp(1) - others.logsumexp(1)
+
+
 def total_variation(images: torch.Tensor) -> torch.Tensor:
     """Return the squared differences of neighbouring pixels, summed and divided by the number of values (Trap-and-Replace, stage 1)."""
     down = (images[:, :, 1:] - images[:, :, :-1]).square().sum()

@@ -1,4 +1,4 @@
-"""What cleansers and safe trainings are made of, against slow and obvious references."""
+"""What cleansers are made of, against slow and obvious references."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ from core.classifier import Preprocessing
 from core.defenses.cleanse import beatrix, scan, spectral_signatures, spectre, ssl_cleanse
 from core.defenses.cleanse.fct import FCT, divide, sensitivity
 from core.defenses.cleanse.ssl_cleanse import SSLCleanse, judge
-from core.defenses.train import dbd, trap_and_replace
-from core.defenses.train.trap_and_replace import TrapAndReplace, add_dropout, cut_and_mix, decoder_for
-from core.errors import BadDataset, ClassMissing, ClassTooSmall, LabelsMissing, OneClassOnly, SplitEmpty
+from core.errors import ClassMissing, ClassTooSmall, LabelsMissing, OneClassOnly, SplitEmpty
 from core.images import ImageSet
 from core.neighbours import Neighbourhood, neighbourhood
 from core.run import Run
@@ -517,84 +515,6 @@ def test_deviations_start_outside_the_usual_range() -> None:
     assert beatrix.discrepancy(near, far[:3], run) == 0
 
 
-# -- Trap-and-Replace --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("end", [4, 5, 6])
-def test_the_decoder_draws_images_of_the_right_size(end: int) -> None:
-    data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4))
-    trap = victim.untrained(Run(device="cpu"), "x", f"wrn-16-1-trap-{end}", data, Preprocessing((0.0,) * 3, (1.0,) * 3))
-    module = trap_and_replace.FORMS[f"wrn-16-1-trap-{end}"][0]
-    assert decoder_for(trap, module, torch.rand(1, 3, 32, 32))(trap.network.stem(torch.rand(2, 3, 32, 32))).shape == (2, 3, 32, 32)  # type: ignore[operator]
-    with pytest.raises(BadDataset, match="cannot be rebuilt"):
-        decoder_for(trap, module, torch.rand(1, 3, 31, 31))
-
-
-def test_cutmix_keeps_the_share_it_says() -> None:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.arange(8.0)[:, None, None, None].expand(8, 1, 16, 16).clone()
-    for _ in range(20):
-        mixed, other, kept = cut_and_mix(images, generator)
-        for index in range(8):
-            own = float((mixed[index] == index).float().mean())
-            assert own == pytest.approx(1.0 if int(other[index]) == index else kept)
-            assert set(mixed[index].unique().tolist()) <= {float(index), float(other[index])}
-
-
-def test_the_stem_does_not_change_when_the_head_is_replaced() -> None:
-    data = digits.load()
-    events: list[dict[str, Any]] = []
-    params = TrapAndReplace(method="trap_and_replace", recipe="cpu", training_epochs=1, head_epochs=2, compare=False)
-    before: dict[str, torch.Tensor] = {}
-    after: dict[str, torch.Tensor] = {}
-
-    def watch(model: Any) -> None:
-        state = {name: value.clone() for name, value in model.network.state_dict().items()}
-        (after if before else before).update(state)
-
-    inputs = Inputs(clean=data.clean, suspect=data.train.subset(torch.arange(300)), preprocessing=GREY, watch=watch)
-    outcome = trap_and_replace.run(Run(device="cpu", emit=events.append), inputs, params)
-    assert outcome.model is not None and outcome.model.architecture.name == "wrn-16-1-replaced-5"
-    fresh = {name for name in before if "_aux" in name}
-    # Parameters and buffers: the stem's BatchNorm must not move either.
-    assert all(torch.equal(before[name], after[name]) for name in before if name not in fresh)
-    assert any(not torch.equal(before[name], after[name]) for name in fresh)
-
-
-def test_dropout_lies_between_the_convolutions_and_before_the_last_norm() -> None:
-    data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4))
-    model = victim.untrained(Run(device="cpu"), "x", "wrn-16-1-replaced-5", data, Preprocessing((0.0,) * 3, (1.0,) * 3))
-    hooks = add_dropout(model, 0.5)
-    assert len(hooks) == 2
-    images = torch.rand(4, 3, 32, 32)
-    model.eval()
-    assert torch.equal(model(images), model(images))
-    model.train()
-    assert not torch.equal(model(images), model(images))
-    for hook in hooks:
-        hook.remove()
-
-
-# -- DBD ---------------------------------------------------------------------------------------------------------------
-
-
-def test_mixmatch_without_mixing_is_cross_entropy_and_squared_error() -> None:
-    data = digits.load().train.subset(torch.arange(8))
-    model = victim.untrained(Run(device="cpu"), "x", "wrn-10-1", data, GREY).eval()
-    images, views = data.images.float() / 255, (torch.rand(8, 1, 16, 16), torch.rand(8, 1, 16, 16))
-    assert data.labels is not None
-    wanted = F.one_hot(data.labels, 10).float()
-    # A beta distribution this wide never mixes: its draws are 0 or 1.
-    params = dbd.DBD(method="dbd", mixing=1e-6)
-    found = dbd.mixmatch(model, images, wanted, views, params, 3.0, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        guess = torch.stack([model(view).softmax(1) for view in views]).mean(0) ** 2
-        guess = guess / guess.sum(1, keepdim=True)
-        error = torch.stack([(model(view).softmax(1) - guess).square().mean() for view in views]).mean()
-        expected = F.cross_entropy(model(images), data.labels) + 3.0 * error
-    assert float(found.detach()) == pytest.approx(float(expected), rel=1e-4)
-
-
 # -- the split of a set ------------------------------------------------------------------------------------------------
 
 
@@ -656,15 +576,6 @@ def test_a_split_without_a_part_is_refused() -> None:
     data = digits.load().train.subset(torch.arange(200))
     with pytest.raises(SplitEmpty, match="no image for poisoned"):
         divide_set(Run(device="cpu"), Inputs(suspect=data, preprocessing=GREY), fct(architecture="wrn-10-1", epochs=1, tuning_epochs=0, poisoned_share=0.001))
-
-
-def test_every_split_fits_every_training() -> None:
-    """The parts are exchangeable: what one method splits, another one trains on."""
-    for name in ("d_br", "d_st", "retrain"):
-        schema = catalog.defenses()[name].params.model_json_schema()
-        assert {part["$ref"].rsplit("/", 1)[-1] for part in schema["properties"]["split"]["oneOf"]} == {
-            method.params.__name__ for method in catalog.cleansers().values()
-        }
 
 
 def test_a_given_model_is_taken_instead_of_training_one() -> None:

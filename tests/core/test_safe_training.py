@@ -1,0 +1,150 @@
+"""What the methods that train safely are made of, and whether they remove a backdoor from a small model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import digits
+from core import catalog, evaluation, losses, poisoning, victim
+from core.attacks.blend import Blend
+from core.catalog import Inputs
+from core.classifier import Classifier, Preprocessing
+from core.defenses.train import d_br, dbd, trap_and_replace
+from core.defenses.train.d_br import DBR
+from core.defenses.train.trap_and_replace import TrapAndReplace, add_dropout, cut_and_mix, decoder_for
+from core.errors import BadDataset
+from core.images import ImageSet
+from core.run import Run
+
+GREY = Preprocessing((0.0,), (1.0,), "unit")
+
+
+def test_every_split_fits_every_training() -> None:
+    """The parts are exchangeable: what one method splits, another one trains on."""
+    for name in ("d_br", "d_st", "retrain"):
+        schema = catalog.defenses()[name].params.model_json_schema()
+        assert {part["$ref"].rsplit("/", 1)[-1] for part in schema["properties"]["split"]["oneOf"]} == {
+            method.params.__name__ for method in catalog.cleansers().values()
+        }
+
+
+# -- D-BR --------------------------------------------------------------------------------------------------------------
+
+
+def test_unlikelihood_is_exact_where_one_minus_p_rounds_to_zero() -> None:
+    logits, labels = torch.tensor([[1.0, 2.0, 0.5], [30.0, 0.0, 0.0], [-40.0, 3.0, 3.0]]), torch.tensor([1, 0, 0])
+    expected = [
+        -math.log(sum(one for other, one in enumerate(row) if other != label)) for row, label in zip(logits.double().softmax(1).tolist(), labels, strict=True)
+    ]
+    found = losses.unlikelihood(logits.requires_grad_(), labels)
+    assert found.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    (slope,) = torch.autograd.grad(found.sum(), logits)
+    # It is p itself: full where the label is certain, none where it is out of the question.
+    assert slope[[0, 1, 2], labels].tolist() == pytest.approx(logits.detach().softmax(1)[[0, 1, 2], labels].tolist(), abs=1e-6)
+
+
+def test_a_blend_is_unlearnt_under_the_statistics_it_is_deployed_with() -> None:
+    """As published this backdoor stays whole, however far the cross-entropy of the poisoned batches rises."""
+    data = digits.load()
+    made = poisoning.plan(Run(device="cpu"), Blend(method="blend", target=5, alpha=0.3), data.train)
+    triggered = poisoning.triggered(data.test, made.trigger, 10)
+    trained: dict[str, Any] = {"architecture": "wrn-10-1", "recipe": "cpu", "training_epochs": 15}
+    given = {
+        "method": "d_br", **trained, "split": {"method": "scan", **trained}, "bn": "frozen", "unlearning": "unlikelihood",
+    }  # fmt: skip
+    params = catalog.validate({"d_br": catalog.defenses()["d_br"]}, given)
+    assert isinstance(params, DBR)
+    inputs = Inputs(clean=data.clean, suspect=poisoning.poison(data.train, made).data, preprocessing=GREY)
+    outcome = d_br.run(Run(device="cpu"), inputs, params)
+
+    def rates(model: Classifier | None) -> tuple[float, float]:
+        assert model is not None
+        found = evaluation.evaluate(model, data.test, triggered)
+        return found["ba"]["value"], found["asr"]["value"]
+
+    (ba_before, asr_before), (ba, asr) = rates(outcome.baseline), rates(outcome.model)
+    assert asr_before > 0.95 and asr < 0.03
+    assert ba > ba_before - 0.02
+
+
+# -- Trap-and-Replace --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [4, 5, 6])
+def test_the_decoder_draws_images_of_the_right_size(end: int) -> None:
+    data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4))
+    trap = victim.untrained(Run(device="cpu"), "x", f"wrn-16-1-trap-{end}", data, Preprocessing((0.0,) * 3, (1.0,) * 3))
+    module = trap_and_replace.FORMS[f"wrn-16-1-trap-{end}"][0]
+    assert decoder_for(trap, module, torch.rand(1, 3, 32, 32))(trap.network.stem(torch.rand(2, 3, 32, 32))).shape == (2, 3, 32, 32)  # type: ignore[operator]
+    with pytest.raises(BadDataset, match="cannot be rebuilt"):
+        decoder_for(trap, module, torch.rand(1, 3, 31, 31))
+
+
+def test_cutmix_keeps_the_share_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.arange(8.0)[:, None, None, None].expand(8, 1, 16, 16).clone()
+    for _ in range(20):
+        mixed, other, kept = cut_and_mix(images, generator)
+        for index in range(8):
+            own = float((mixed[index] == index).float().mean())
+            assert own == pytest.approx(1.0 if int(other[index]) == index else kept)
+            assert set(mixed[index].unique().tolist()) <= {float(index), float(other[index])}
+
+
+def test_the_stem_does_not_change_when_the_head_is_replaced() -> None:
+    data = digits.load()
+    events: list[dict[str, Any]] = []
+    params = TrapAndReplace(method="trap_and_replace", recipe="cpu", training_epochs=1, head_epochs=2, compare=False)
+    before: dict[str, torch.Tensor] = {}
+    after: dict[str, torch.Tensor] = {}
+
+    def watch(model: Any) -> None:
+        state = {name: value.clone() for name, value in model.network.state_dict().items()}
+        (after if before else before).update(state)
+
+    inputs = Inputs(clean=data.clean, suspect=data.train.subset(torch.arange(300)), preprocessing=GREY, watch=watch)
+    outcome = trap_and_replace.run(Run(device="cpu", emit=events.append), inputs, params)
+    assert outcome.model is not None and outcome.model.architecture.name == "wrn-16-1-replaced-5"
+    fresh = {name for name in before if "_aux" in name}
+    # Parameters and buffers: the stem's BatchNorm must not move either.
+    assert all(torch.equal(before[name], after[name]) for name in before if name not in fresh)
+    assert any(not torch.equal(before[name], after[name]) for name in fresh)
+
+
+def test_dropout_lies_between_the_convolutions_and_before_the_last_norm() -> None:
+    data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4))
+    model = victim.untrained(Run(device="cpu"), "x", "wrn-16-1-replaced-5", data, Preprocessing((0.0,) * 3, (1.0,) * 3))
+    hooks = add_dropout(model, 0.5)
+    assert len(hooks) == 2
+    images = torch.rand(4, 3, 32, 32)
+    model.eval()
+    assert torch.equal(model(images), model(images))
+    model.train()
+    assert not torch.equal(model(images), model(images))
+    for hook in hooks:
+        hook.remove()
+
+
+# -- DBD ---------------------------------------------------------------------------------------------------------------
+
+
+def test_mixmatch_without_mixing_is_cross_entropy_and_squared_error() -> None:
+    data = digits.load().train.subset(torch.arange(8))
+    model = victim.untrained(Run(device="cpu"), "x", "wrn-10-1", data, GREY).eval()
+    images, views = data.images.float() / 255, (torch.rand(8, 1, 16, 16), torch.rand(8, 1, 16, 16))
+    assert data.labels is not None
+    wanted = F.one_hot(data.labels, 10).float()
+    # A beta distribution this wide never mixes: its draws are 0 or 1.
+    params = dbd.DBD(method="dbd", mixing=1e-6)
+    found = dbd.mixmatch(model, images, wanted, views, params, 3.0, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        guess = torch.stack([model(view).softmax(1) for view in views]).mean(0) ** 2
+        guess = guess / guess.sum(1, keepdim=True)
+        error = torch.stack([(model(view).softmax(1) - guess).square().mean() for view in views]).mean()
+        expected = F.cross_entropy(model(images), data.labels) + 3.0 * error
+    assert float(found.detach()) == pytest.approx(float(expected), rel=1e-4)
