@@ -118,7 +118,7 @@ def gradient_ascent_trap(logits: torch.Tensor, labels: torch.Tensor, *, gamma: f
 
 
 def unlikelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return each image's `-log(1 - p)` of its label, (N,) (Welleck et al., ICLR 2020, Eq. 5; SAU): at least 0, steepest where p is 1.
+    """Return each image's `-log(1 - p)` of its label, (N,) (unlikelihood training, Welleck et al., ICLR 2020): at least 0, steepest where p is 1.
 
     Args:
         logits: (N, classes), two classes or more. labels: (N,) int64.
