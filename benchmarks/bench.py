@@ -40,7 +40,7 @@ from core.classifier import Classifier, Preprocessing
 from core.errors import BadJob, EngineError
 from core.images import ImageSet
 from core.poisoning import AttackParams, Recipe, Triggered
-from core.run import Run
+from core.run import Run, repeatable
 from core.split import Cleansing, Split
 
 HERE = Path(__file__).resolve().parent
@@ -200,7 +200,7 @@ def one(cell: Cell, threads: int) -> None:
     if threads:
         torch.set_num_threads(threads)
     keep_freed_memory()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    repeatable()
     started = time.monotonic()
     train, test = data(cell.setting.dataset)
     splits = cell.defense is not None and catalog.defenses()[cell.defense["method"]].kind is Kind.CLEANSE

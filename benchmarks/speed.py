@@ -30,7 +30,7 @@ from core.allocator import keep_freed_memory
 from core.attacks.badnets import BadNets
 from core.classifier import Classifier
 from core.images import ImageSet, as_floats
-from core.run import Run
+from core.run import Run, repeatable
 
 COUNT = 10_000
 AIM = {"wanet": 5_000, "sig": 5_000}
@@ -47,6 +47,7 @@ def main() -> int:
     torch.set_num_threads(os.cpu_count() or 1)
     # As the engine does.
     keep_freed_memory()
+    repeatable()
     parts: dict[str, Callable[[], Any]] = {
         "attacks": lambda: attacks(options.rounds),
         "training": lambda: [step(batch, options.rounds) for batch in (64, 128)],

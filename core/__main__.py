@@ -47,10 +47,10 @@ def _run(folder: Path, emit: Any) -> int:
     from core import job
     from core.allocator import keep_freed_memory
     from core.errors import BadJob, Cancelled, EngineError
-    from core.run import Run
+    from core.run import Run, repeatable
 
     keep_freed_memory()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    repeatable()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     try:

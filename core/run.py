@@ -11,11 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.deterministic
 
 from core import snapshot
 from core.errors import Cancelled
 
 Emit = Callable[[dict[str, Any]], None]
+
+
+def repeatable() -> None:
+    """Have torch choose the same operations in the same order each time, in this process.
+
+    It would also fill every new tensor, so that nothing can depend on what memory held before; all of ours are written before they are
+    read, and the filling is a tenth of a training step on a CPU.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class Stage:

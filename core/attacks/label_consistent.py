@@ -72,7 +72,7 @@ def fit(run: Run, params: LabelConsistent, assets: Assets, train: ImageSet, chos
     """Return the assets with `adversarial`, (n, C, H, W) uint8: the chosen images after untargeted PGD on the surrogate."""
     assert train.labels is not None
     model = surrogate.frozen_copy().to(run.device)
-    adversarial = torch.empty((len(chosen), *train.images.shape[1:]), dtype=torch.uint8)
+    adversarial = torch.zeros((len(chosen), *train.images.shape[1:]), dtype=torch.uint8)
     generator = run.generator("label-consistent")
     epsilon = params.epsilon / 255
     pieces = chosen.split(256)

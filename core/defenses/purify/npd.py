@@ -15,6 +15,7 @@ from core.catalog import Inputs, Need, Outcome, defense
 from core.classifier import Classifier
 from core.errors import LayerMissing
 from core.images import as_floats
+from core.losses import unlikelihood
 from core.run import Run
 from core.tuning import Tuning, cross_entropy, epochs_field, rate_field, tune
 
@@ -61,12 +62,12 @@ def run(run: Run, inputs: Inputs, params: NPD) -> Outcome:
             logits = model(images).float()
         moved = targeted(model, images, logits.topk(2).indices[:, 1], norm=params.norm, step=params.step, steps=params.steps)
         plain, attacked = model(torch.cat([images, moved])).float().chunk(2)
-        chances, first = attacked.softmax(1), attacked.topk(2).indices
+        first = attacked.topk(2).indices
         wrong = torch.where(first[:, 0] == labels, first[:, 1], first[:, 0])
-        against_wrong = -(1 - chances.gather(1, wrong[:, None])).clamp(min=1e-6).log().mean()
+        against_wrong = unlikelihood(attacked, wrong).mean()
         # An image of the target class may well look like one.
         others = labels != target
-        against_target = (-(1 - chances[:, target]).clamp(min=1e-6).log() * others).sum() / others.sum().clamp(min=1)
+        against_target = (unlikelihood(attacked, torch.full_like(labels, target)) * others).sum() / others.sum().clamp(min=1)
         total = F.cross_entropy(plain, labels) + params.adversarial_weight * F.cross_entropy(attacked, logits.argmax(1))
         return total + params.wrong_weight * against_wrong + params.target_weight * against_target
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from core import training
 from core.catalog import Inputs, Need, Outcome, defense
 from core.classifier import Classifier
+from core.losses import unlikelihood
 from core.run import Run
 from core.tuning import Tuning, epochs_field, rate_field, tune
 
@@ -49,9 +50,7 @@ def run(run: Run, inputs: Inputs, params: SAU) -> Outcome:
         plain, attacked = logits.chunk(2)
         with torch.no_grad():
             wrong = backdoored(moved).float().argmax(1)
-        fooled = (wrong != labels).float()
-        reached = attacked.softmax(1).gather(1, wrong[:, None]).squeeze(1)
-        unlearn = -(1 - reached).clamp(min=1e-6).log() * fooled
+        unlearn = unlikelihood(attacked, wrong) * (wrong != labels)
         return F.cross_entropy(plain, labels) + unlearn.sum() / len(images)
 
     run.phase("unlearning")
