@@ -30,7 +30,7 @@ def rate_field(default: float, description: str = "Of the first epoch; a tenth u
 
 
 def epoch_images_field() -> Any:
-    """Return the field `epoch_images`, for methods whose schedule does harm when it has only a few steps."""
+    """Return the field `epoch_images`, for methods whose schedule does harm, or nothing, when it has only a few steps."""
     return Field(
         default=2500,
         ge=0,

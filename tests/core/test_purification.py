@@ -331,7 +331,7 @@ def test_the_polarizer_folds_into_the_convolution() -> None:
 def test_npd_changes_one_weight_and_keeps_the_names() -> None:
     before = model()
     data = ImageSet(noise(40).images, torch.arange(40) % 10)
-    after = run_method("npd", {"epochs": 1, "warm_epochs": 1, "learning_rate": 0.1}, Inputs(model=before, clean=data)).state_dict()
+    after = run_method("npd", {"epochs": 1, "warm_epochs": 1, "learning_rate": 0.1, "epoch_images": 0}, Inputs(model=before, clean=data)).state_dict()
     assert list(after) == list(before.state_dict())
     assert [name for name, value in before.state_dict().items() if not torch.equal(value, after[name])] == ["network.block3.layer.0.conv1.weight"]
 
@@ -507,13 +507,13 @@ TINY: dict[str, dict[str, Any]] = {
     "mcldef_true": {"attack": {"method": "badnets", "target": 1}},
     "mesa": {"target": 1, "mesa_epochs": 1},
     "nc_unlearning": {"target": 1, "inversion_epochs": 1},
-    "nad": {"teacher_epochs": 1, "betas": (1.0,), "epoch_images": 0},
+    "nad": {"teacher_epochs": 1, "betas": (1.0,)},
     "cbd": {"steps": 1},
     "sau": {"steps": 1},
     "npd": {"steps": 1, "warm_epochs": 1},
     "anp": {"iterations": 1},
     "rnp": {"unlearning_epochs": 1, "recovering_epochs": 1, "threshold": 0.01},
-    "ibau": {"rounds": 1, "iterations": 1, "epoch_images": 0},
+    "ibau": {"rounds": 1, "iterations": 1},
 }
 
 
@@ -523,7 +523,8 @@ def test_every_method_takes_every_architecture_or_says_why_not(name: str, archit
     # An untrained model has no trigger to be found; that is another test.
     monkeypatch.setattr("core.recovery.LEAST_SUCCESS", 0.0)
     method, data = catalog.defenses()[name], noise(30)
-    common = {key: value for key, value in {"epochs": 1, "batch_size": 10, "learning_rate": 1e-3}.items() if key in method.params.model_fields}
+    short = {"epochs": 1, "batch_size": 10, "learning_rate": 1e-3, "epoch_images": 0}
+    common = {key: value for key, value in short.items() if key in method.params.model_fields}
     params = method.params(method=name, **{**common, **TINY.get(name, {})})
     inputs = Inputs(model=model(architecture), clean=ImageSet(data.images, torch.arange(30) % 10))
     try:
