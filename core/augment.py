@@ -56,8 +56,8 @@ def cutout(side: int) -> Augment:
     return augment
 
 
-def simclr(*, scale: tuple[float, float] = (0.2, 1.0), jitter: float = 0.4, grey: float = 0.2) -> Augment:
-    """Return SimCLR's augmentation for small images: random resized crop, flip, colour jitter (p 0.8) and greyscale.
+def simclr(*, scale: tuple[float, float] = (0.2, 1.0), jitter: float = 0.4, grey: float = 0.2, mirror: bool = True) -> Augment:
+    """Return SimCLR's augmentation for small images: random resized crop, flip (or none), colour jitter (p 0.8) and greyscale.
 
     It maps float images (N, C, H, W) in [0, 1] to the same. Crops are sampled bilinearly; brightness, contrast, saturation and hue
     (a quarter of `jitter`) change in that order, each by its own factor an image. Images that are not RGB keep their colours.
@@ -71,7 +71,7 @@ def simclr(*, scale: tuple[float, float] = (0.2, 1.0), jitter: float = 0.4, grey
 
         area, ratio = uniform(*scale), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
         height, width = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
-        mirrored = uniform(0, 1) < 0.5
+        mirrored = (uniform(0, 1) < 0.5) & mirror
         left, top = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
         place = torch.zeros(count, 2, 3, device=images.device)
         place[:, 0, 0], place[:, 1, 1] = torch.where(mirrored, -width, width), height

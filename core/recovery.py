@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from core import inversion, mesa
-from core.augment import crop_and_flip, none
 from core.catalog import Inputs, Outcome
 from core.classifier import Classifier
 from core.errors import TargetNotFound, TriggerNotFound
@@ -172,7 +171,7 @@ def _invert(run: Run, teacher: Classifier, clean: ImageSet, target: int, params:
         objective=objective,
         passes=params.inversion_epochs,
         batch_size=params.inversion_batch,
-        augment=crop_and_flip() if params.augment else none,
+        augment=params.augmentation(),
     )
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from core import training
-from core.augment import crop_and_flip, none
+from core.augment import Augment, crop_and_flip, none
 from core.catalog import Inputs, Params
 from core.classifier import Classifier
 from core.images import ImageSet
@@ -47,6 +47,15 @@ class Tuning(Params):
     batch_size: int = Field(default=64, ge=2, le=4096, title="Batch size")
     learning_rate: float = rate_field(0.1)
     augment: bool = Field(default=True, title="Augment", description="Random crop and flip.")
+    mirror: bool = Field(
+        default=True,
+        title="Mirror",
+        description="Half of the crops are mirrored. Off where a mirrored image means something else: digits, text, traffic signs.",
+    )
+
+    def augmentation(self) -> Augment:
+        """Return what an image goes through before a step."""
+        return crop_and_flip(mirror=self.mirror) if self.augment else none
 
 
 def tune(
@@ -87,7 +96,7 @@ def tune(
         schedule=schedule or training.two_drops(params.learning_rate, params.epochs),
         epochs=params.epochs,
         batch_size=params.batch_size,
-        augment=crop_and_flip() if params.augment else none,
+        augment=params.augmentation(),
         prepare=prepare or model.train,
         after_epoch=lambda epoch: inputs.watch(model),
         mixed=mixed,

@@ -5,7 +5,8 @@ import torch
 
 from core import evaluation, poisoning
 from core.attacks.badnets import BadNets
-from core.augment import crop_and_flip
+from core.augment import Augment, crop_and_flip, simclr
+from core.defenses.purify.fine_tuning import FineTuning
 from core.images import ImageSet, from_arrays
 from tests.core.test_inversion import tiny
 
@@ -107,6 +108,22 @@ def test_crop_and_flip_equals_a_plain_loop() -> None:
         crop = padded[:, int(top[index]) : int(top[index]) + 6, int(left[index]) : int(left[index]) + 7]
         assert torch.equal(found[index], crop.flip(2) if mirrored[index] else crop)
     assert found.dtype == torch.uint8
+
+
+def test_nothing_is_mirrored_where_that_was_not_wanted() -> None:
+    rising = torch.linspace(0, 1, 32).expand(64, 3, 32, 32)
+
+    def falls(view: Augment, images: torch.Tensor) -> bool:
+        found = view(images, torch.Generator().manual_seed(8))[:, :, 4:-4, 4:-4].float()
+        # Where a crop ends, padding begins.
+        return bool((found[..., -1] < found[..., 0]).any())
+
+    params = FineTuning(method="fine_tuning")
+    for view, images in ((params.augmentation(), rising.mul(255).to(torch.uint8)), (simclr(jitter=0, grey=0), rising)):
+        assert falls(view, images)
+    unmirrored = params.model_copy(update={"mirror": False})
+    for view, images in ((unmirrored.augmentation(), rising.mul(255).to(torch.uint8)), (simclr(jitter=0, grey=0, mirror=False), rising)):
+        assert not falls(view, images)
 
 
 def test_image_sets_round_trip(tmp_path: object) -> None:

@@ -249,6 +249,20 @@ def test_few_images_are_gone_through_until_an_epoch_is_long_enough() -> None:
     assert torch.equal(longer.labels[60:], data.labels)
 
 
+@pytest.mark.parametrize("name", [name for name, method in catalog.defenses().items() if "epoch_images" in method.params.model_fields])
+def test_going_through_few_images_again_is_having_them_more_than_once(name: str) -> None:
+    data = ImageSet(noise(20).images, torch.arange(20) % 10)
+    short = {"epochs": 1, "batch_size": 10, "learning_rate": 1e-3, **TINY.get(name, {})}
+    params = {key: value for key, value in short.items() if key in catalog.defenses()[name].params.model_fields}
+
+    def weights(images: ImageSet, count: int) -> dict[str, torch.Tensor]:
+        return state(run_method(name, {**params, "epoch_images": count}, Inputs(model=model(), clean=images)))
+
+    again, twice, once = weights(data, 40), weights(data.at_least(40), 0), weights(data, 0)
+    assert all(torch.equal(value, twice[key]) for key, value in again.items())
+    assert not all(torch.equal(value, once[key]) for key, value in again.items())
+
+
 def test_masks_of_one_change_nothing_and_noise_is_relative() -> None:
     classifier = model()
     images = torch.rand(4, 3, 32, 32)

@@ -60,7 +60,7 @@ def run(run: Run, inputs: Inputs, params: CBD) -> Outcome:
     student = inputs.model.frozen_copy().requires_grad_(True)
     student.head.requires_grad_(False)
     generator = run.generator("purify", "views")
-    view = simclr()
+    view = simclr(mirror=params.mirror)
 
     def loss(images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         first, second, third = (view(images, generator) for _ in range(3))
