@@ -16,9 +16,9 @@ AGREEMENT = 0.85
 LEAST_ERRORS = 3
 
 ADVICE = {
-    "accuracy": "Lower the learning rate or the epochs, give more clean images, or try ft_sam.",
+    "accuracy": "Lower the learning rate or the epochs, give more clean images, set `mirror` to false if a mirrored image means something else, or try ft_sam.",
     "agreement": "Lower the learning rate or the epochs, give more clean images, or try ft_sam.",
-    "recovered_trigger": "Train for more epochs, or try ft_sam, ibau or anp, which do not depend on one recovered trigger.",
+    "recovered_trigger": "Train for more epochs, or try ft_sam, ibau or npd, which do not depend on one recovered trigger.",
     "asr": "A mask may express the trigger in part or not at all: try more `rounds` of mcldef, or ft_sam, ibau or sau.",
 }
 
