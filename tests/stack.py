@@ -76,7 +76,8 @@ class Stack:
     def start_api(self, *, file_bytes: int | None = None) -> subprocess.Popen[bytes]:
         self.port = self.port or free_port()
         process = self.start("service", "api", file_bytes=file_bytes, UNPOISON_PORT=str(self.port))
-        until = time.monotonic() + 60
+        # Starting takes seconds, but half a minute on a slow machine, and several may start at once.
+        until = time.monotonic() + 180
         while time.monotonic() < until:
             assert process.poll() is None, self.logs()
             with contextlib.suppress(OSError):
