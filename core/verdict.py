@@ -15,10 +15,14 @@ AGREEMENT = 0.85
 # Fewer new errors than this are chance, however few images were kept aside.
 LEAST_ERRORS = 3
 
+LESS = (
+    "Lower the learning rate or the epochs, give more clean images, leave mirrored images out where they mean something else "
+    "(`mirror`, where the method has it), or try ft_sam."
+)
 ADVICE = {
-    "accuracy": "Lower the learning rate or the epochs, give more clean images, set `mirror` to false if a mirrored image means something else, or try ft_sam.",
-    "agreement": "Lower the learning rate or the epochs, give more clean images, or try ft_sam.",
-    "recovered_trigger": "Train for more epochs, or try ft_sam, ibau or npd, which do not depend on one recovered trigger.",
+    "accuracy": LESS,
+    "agreement": LESS,
+    "recovered_trigger": "Train for more epochs, or try ft_sam, nad or ibau, which do not depend on one recovered trigger.",
     "asr": "A mask may express the trigger in part or not at all: try more `rounds` of mcldef, or ft_sam, ibau or sau.",
 }
 
