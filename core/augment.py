@@ -7,8 +7,21 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
+
+from core.catalog import Params
 
 Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+
+
+class Mirroring(Params):
+    """Parameters of everything that augments images."""
+
+    mirror: bool = Field(
+        default=True,
+        title="Mirror",
+        description="Half of the augmented images are mirrored. Off where a mirrored image means something else: digits, text, traffic signs.",
+    )
 
 
 def crop_and_flip(padding: int = 4, *, mirror: bool = True) -> Augment:

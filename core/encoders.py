@@ -13,8 +13,7 @@ from torch import nn
 
 from core import training, victim
 from core.activations import collect
-from core.augment import simclr
-from core.catalog import Params
+from core.augment import Mirroring, simclr
 from core.classifier import Classifier, Preprocessing
 from core.images import ImageSet
 from core.losses import supervised_contrastive
@@ -24,7 +23,7 @@ from core.run import Run
 Alike = Callable[[torch.Tensor], torch.Tensor]
 
 
-class Encoding(Params):
+class Encoding(Mirroring):
     """How an encoder is trained; the defaults are SupContrast's for CIFAR-10."""
 
     architecture: str = Field(default="resnet18-cifar", max_length=64, title="Architecture", description="Of the backbone, by its name in the catalogue.")
@@ -79,7 +78,7 @@ def contrast(
     SGD (momentum 0.9, weight decay 1e-4).
     """
     views = run.generator(name, "views")
-    view = simclr()
+    view = simclr(mirror=params.mirror)
 
     def loss(images: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
         first, second = encoder(torch.cat([view(images, views), view(images, views)])).chunk(2)
@@ -106,6 +105,7 @@ def train_head(
     epochs: int,
     schedule: training.Schedule,
     batch_size: int,
+    mirror: bool,
     after_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> list[float]:
     """Train a new last layer on a frozen backbone, in place, on one SimCLR view of each image; return each epoch's mean loss.
@@ -116,7 +116,7 @@ def train_head(
         loss: of logits (n, classes) and the images' indices in `data` (n,).
     """
     views = run.generator(name, "views")
-    view = simclr()
+    view = simclr(mirror=mirror)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=run.generator(name, "weights"))))
         model.head.reset_parameters()

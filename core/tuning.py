@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from core import training
-from core.augment import Augment, crop_and_flip, none
-from core.catalog import Inputs, Params
+from core.augment import Augment, Mirroring, crop_and_flip, none
+from core.catalog import Inputs
 from core.classifier import Classifier
 from core.images import ImageSet
 from core.run import Run
@@ -40,18 +40,13 @@ def epoch_images_field() -> Any:
     )
 
 
-class Tuning(Params):
+class Tuning(Mirroring):
     """Parameters of every method that trains on the clean images; the defaults are those of MCLDef's comparison."""
 
     epochs: int = epochs_field(20)
     batch_size: int = Field(default=64, ge=2, le=4096, title="Batch size")
     learning_rate: float = rate_field(0.1)
     augment: bool = Field(default=True, title="Augment", description="Random crop and flip.")
-    mirror: bool = Field(
-        default=True,
-        title="Mirror",
-        description="Half of the crops are mirrored. Off where a mirrored image means something else: digits, text, traffic signs.",
-    )
 
     def augmentation(self) -> Augment:
         """Return what an image goes through before a step."""

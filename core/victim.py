@@ -11,8 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from core import architectures, training
-from core.augment import crop_and_flip, none
-from core.catalog import Params
+from core.augment import Mirroring, crop_and_flip, none
 from core.classifier import Classifier, Preprocessing
 from core.errors import BadDataset
 from core.images import ImageSet
@@ -25,7 +24,7 @@ class Recipe:
 
     Attributes:
         marks: (first epoch, learning rate) steps; empty for `one_cycle` or `cosine` from `rate`.
-        augment: whether images are cropped (4 pixels of padding) and mirrored.
+        augment: whether images are cropped (4 pixels of padding) and, unless `mirror` is false, mirrored.
     """
 
     epochs: int
@@ -37,6 +36,7 @@ class Recipe:
     weight_decay: float = 1e-4
     nesterov: bool = False
     augment: bool = False
+    mirror: bool = True
 
 
 # The papers' own, and two that two CPU cores finish.
@@ -52,7 +52,7 @@ RECIPES = {
 }
 
 
-class Training(Params):
+class Training(Mirroring):
     """Parameters of the defenses that train a classifier on the whole suspect set."""
 
     architecture: str = Field(default="resnet18-cifar", max_length=64, title="Architecture", description="By its name in the catalogue.")
@@ -65,7 +65,7 @@ class Training(Params):
 
     def schedule(self) -> Recipe:
         """Return the recipe with the wanted number of epochs."""
-        recipe = RECIPES[self.recipe]
+        recipe = replace(RECIPES[self.recipe], mirror=self.mirror)
         return shortened(recipe, self.training_epochs) if self.training_epochs else recipe
 
 
@@ -100,7 +100,7 @@ def train(run: Run, data: ImageSet, *, architecture: str, preprocessing: Preproc
 
     training.fit(
         run, name, data=data.placed(run.device), loss=loss, network=classifier, optimizer=optimizer(classifier, recipe), schedule=rates(recipe),
-        epochs=recipe.epochs, batch_size=recipe.batch_size, augment=crop_and_flip() if recipe.augment else none, prepare=classifier.train,
+        epochs=recipe.epochs, batch_size=recipe.batch_size, augment=crop_and_flip(mirror=recipe.mirror) if recipe.augment else none, prepare=classifier.train,
     )  # fmt: skip
     return classifier.eval()
 

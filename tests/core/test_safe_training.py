@@ -33,6 +33,47 @@ def test_every_split_fits_every_training() -> None:
         }
 
 
+SMALL: dict[str, Any] = {"architecture": "wrn-10-1", "recipe": "mcldef-augmented", "training_epochs": 1}
+SEEING: dict[str, Any] = {"encoder_epochs": 1, "encoder_batch": 20}
+OBSERVED = {"method": "spectral_signatures", **SMALL, "recipe": "cpu"}
+MIRRORING: dict[str, dict[str, Any]] = {
+    "d_br": {**SMALL, "split": OBSERVED, "rounds": 1},
+    "d_st": {**SMALL, **SEEING, "split": OBSERVED, "head_epochs": 1, "compare": False},
+    "retrain": {**SMALL, "split": OBSERVED, "compare": False},
+    "retrain, supcon": {**SMALL, **SEEING, "split": OBSERVED, "loss": "supcon", "head_epochs": 1, "compare": False},
+    "abl": {**SMALL, "isolation_epochs": 1, "epochs": 1, "unlearning_epochs": 1, "compare": False},
+    "dbd": {**SMALL, **SEEING, "head_epochs": 1, "epochs": 1, "iterations": 2, "compare": False},
+    "trap_and_replace": {"recipe": "trap-and-replace", "training_epochs": 1, "head_epochs": 1, "compare": False},
+    "ssl_cleanse": {**SEEING, "architecture": "wrn-10-1"},
+    "scan": SMALL,
+}
+
+
+@pytest.mark.parametrize("case", MIRRORING)
+def test_a_training_mirrors_unless_told_otherwise(case: str) -> None:
+    """Brightness rises from left to right in every image; two classes differ from top to bottom."""
+    rising = torch.linspace(40, 215, 16).expand(40, 1, 16, 16).clone()
+    rising[20:, :, :8] /= 2
+    data = ImageSet(rising.to(torch.uint8), torch.arange(40) // 20)
+    seen: list[torch.Tensor] = []
+
+    def look(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, torch.nn.Conv2d) and given[0].shape[1:] == data.images.shape[1:]:
+            seen.append(given[0].detach())
+
+    def mirrored(**more: Any) -> bool:
+        seen.clear()
+        name = case.partition(",")[0]
+        method = catalog.defenses()[name]
+        params = catalog.validate({name: method}, {"method": name, **MIRRORING[case], **more})
+        with torch.nn.modules.module.register_module_forward_pre_hook(look):
+            method.run(Run(device="cpu"), Inputs(clean=data, suspect=data, preprocessing=GREY), params)
+        # Padding, pasted boxes and cut-outs have edges of their own: most steps decide.
+        return any(bool((images.diff(dim=3).sign().sum((1, 2, 3)) < 0).any()) for images in seen)
+
+    assert mirrored() and not mirrored(mirror=False)
+
+
 # -- D-BR --------------------------------------------------------------------------------------------------------------
 
 

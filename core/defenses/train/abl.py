@@ -55,7 +55,7 @@ def run(run: Run, inputs: Inputs, params: ABL) -> Outcome:
         return -F.cross_entropy(model(images).float(), labels)
 
     def view(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return cutout(3)(crop_and_flip()(images, generator), generator)
+        return cutout(3)(crop_and_flip(mirror=params.mirror)(images, generator), generator)
 
     run.phase("isolating")
     isolating = training.fit(

@@ -66,7 +66,7 @@ def run(run: Run, inputs: Inputs, params: DBR) -> Outcome:
     optimizer = torch.optim.SGD(model.parameters(), lr=params.learning_rate, momentum=0.9, weight_decay=5e-4)
     generator = run.generator("unlearn and relearn")
     descent = cross_entropy(model)
-    view = crop_and_flip() if (params.schedule().augment if params.augment is None else params.augment) else none
+    view = crop_and_flip(mirror=params.mirror) if (params.schedule().augment if params.augment is None else params.augment) else none
 
     def away(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits = model(images).float()

@@ -64,7 +64,7 @@ def run(run: Run, inputs: Inputs, params: DST) -> Outcome:
     run.phase("learning to classify")
     heading = encoders.train_head(
         run, "classifier", model, suspect.subset(known), loss, epochs=params.head_epochs, schedule=training.steps((0, params.head_rate)),
-        batch_size=512, after_epoch=lambda epoch: inputs.watch(model),
+        batch_size=512, mirror=params.mirror, after_epoch=lambda epoch: inputs.watch(model),
     )  # fmt: skip
     findings = {**divided.findings(), "encoder_loss": encoding, "classifier_loss": heading}
     return Outcome(

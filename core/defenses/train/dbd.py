@@ -63,7 +63,7 @@ def run(run: Run, inputs: Inputs, params: DBD) -> Outcome:
 
     heading = training.fit(
         run, "head", data=suspect, loss=training.supervised(robust), network=model, optimizer=torch.optim.Adam(model.head.parameters(), lr=2e-3),
-        schedule=training.steps((0, 2e-3)), epochs=params.head_epochs, batch_size=min(128, len(suspect)), augment=crop_and_flip(), prepare=model.eval,
+        schedule=training.steps((0, 2e-3)), epochs=params.head_epochs, batch_size=min(128, len(suspect)), augment=crop_and_flip(mirror=params.mirror), prepare=model.eval,
     )  # fmt: skip
     model.requires_grad_(True)
     run.phase("training on what is believed")
@@ -87,7 +87,7 @@ def match(run: Run, inputs: Inputs, model: Classifier, data: ImageSet, labels: t
     optimizer = torch.optim.Adam(model.parameters(), lr=params.learning_rate)
     generator = run.generator("match")
     history: dict[str, list[float]] = {"loss": []}
-    view = crop_and_flip()
+    view = crop_and_flip(mirror=params.mirror)
     for epoch in run.stage("match", total=params.epochs, model=model, optimizer=optimizer, generator=generator, history=history):
         order = doubts(run, model, data, labels).argsort(stable=True).cpu()
         cut = int(params.believed * len(order))

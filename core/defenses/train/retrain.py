@@ -55,7 +55,7 @@ def run(run: Run, inputs: Inputs, params: Retrain) -> Outcome:
         labels = kept.labels.to(run.device)
         wanted = Encoding(
             architecture=params.architecture, projector="mlp", encoder_epochs=params.encoder_epochs, encoder_batch=params.encoder_batch,
-            encoder_rate=params.encoder_rate,
+            encoder_rate=params.encoder_rate, mirror=params.mirror,
         )  # fmt: skip
         encoder = encoders.untrained(run, "supcon", kept, wanted, inputs.preprocessing)
         run.phase("learning to see")
@@ -66,7 +66,7 @@ def run(run: Run, inputs: Inputs, params: Retrain) -> Outcome:
         run.phase("learning to classify")
         findings["classifier_loss"] = encoders.train_head(
             run, "linear", model, kept, lambda logits, which: F.cross_entropy(logits, labels[which]), epochs=params.head_epochs,
-            schedule=drops(params.head_epochs), batch_size=512, after_epoch=lambda epoch: inputs.watch(model),
+            schedule=drops(params.head_epochs), batch_size=512, mirror=params.mirror, after_epoch=lambda epoch: inputs.watch(model),
         )  # fmt: skip
     inputs.watch(model)
     baseline = plain(run, inputs, params) if params.compare else None

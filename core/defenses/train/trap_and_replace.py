@@ -71,7 +71,7 @@ def run(run: Run, inputs: Inputs, params: TrapAndReplace) -> Outcome:
     run.phase("baiting and trapping")
     trapped = training.fit(
         run, "trap", data=suspect, loss=training.supervised(bait), network=both, optimizer=victim.optimizer(both, recipe), schedule=victim.rates(recipe),
-        epochs=recipe.epochs, batch_size=min(recipe.batch_size, len(suspect)), augment=crop_and_flip(), prepare=both.train,
+        epochs=recipe.epochs, batch_size=min(recipe.batch_size, len(suspect)), augment=crop_and_flip(mirror=params.mirror), prepare=both.train,
     )  # fmt: skip
     hook.remove()
     trap.eval()
@@ -103,7 +103,7 @@ def run(run: Run, inputs: Inputs, params: TrapAndReplace) -> Outcome:
         run, "replace", data=clean, loss=training.supervised(patch), network=model,
         optimizer=torch.optim.Adam([value for module in fresh for value in module.parameters()], lr=params.head_rate, weight_decay=5e-4),
         schedule=training.cosine(params.head_epochs, params.head_rate), epochs=params.head_epochs, batch_size=min(params.head_batch, len(clean)),
-        augment=crop_and_flip(), prepare=modes, after_epoch=lambda epoch: inputs.watch(model), state={"mixing": mixing},
+        augment=crop_and_flip(mirror=params.mirror), prepare=modes, after_epoch=lambda epoch: inputs.watch(model), state={"mixing": mixing},
     )  # fmt: skip
     for one in hooks:
         one.remove()
