@@ -368,6 +368,21 @@ def test_a_collapsed_tuning_is_rewound_or_acquits_nothing(monkeypatch: pytest.Mo
         assert outcome.split.verdict == "inconclusive" and "90% of the images do not move" in outcome.split.evidence
 
 
+@pytest.mark.parametrize(("own", "verdict"), [(9, "inconclusive"), (19, "poisoned")])
+def test_a_class_that_is_merely_more_sensitive_than_others_is_not_called_poisoned(monkeypatch: pytest.MonkeyPatch, own: int, verdict: str) -> None:
+    labels = torch.arange(400) % 10
+    scores = torch.arange(400) / 1000
+    scores[(labels == 3).nonzero()[:own, 0]] += 1
+    scores[(labels != 3).nonzero()[: 20 - own, 0]] += 1
+    monkeypatch.setattr("core.defenses.cleanse.fct.sensitivity", lambda *_: scores)
+    data = ImageSet(digits.load().train.images[:400], labels)
+    params = fct(architecture="wrn-10-1", epochs=1, tuning_epochs=0)
+    split = catalog.cleansers()["fct"].run(Run(device="cpu"), Inputs(suspect=data, preprocessing=GREY), params).split
+    assert split is not None and int(split.suspect.sum()) == 20
+    assert (split.verdict, split.target) == (verdict, 3)
+    assert ("only 45% of the sensitive images carry one label" in split.evidence) == (verdict == "inconclusive")
+
+
 def contaminated(count: int = 400, poison: int = 60, width: int = 12, classes: int = 6) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return features of classes around their own centres, labels, and which images of class 2 really lie elsewhere."""
     generator = torch.Generator().manual_seed(0)
