@@ -12,7 +12,7 @@ from core.catalog import Inputs
 from core.classifier import Classifier
 from core.images import ImageSet, as_floats
 from core.run import Run
-from core.split import Cleansing, Verdict, stands_out
+from core.split import Cleansing, Verdict, acquitted, stands_out
 
 # Two clusters of a class that is one are less apart than this (silhouette): 0.26 at most in nine sets of CIFAR-10, 0.5 and more where all classes have guests.
 APART = 0.4
@@ -110,10 +110,15 @@ def clusters(features: np.ndarray, dimensions: int, seed: int) -> tuple[np.ndarr
     return found.labels_ == smaller, distances[:, 1 - smaller] - distances[:, smaller], float(silhouette)
 
 
-def observed(features: torch.Tensor, labels: torch.Tensor, classes: int, seed: int) -> tuple[Verdict, str, int | None]:
-    """Return verdict, evidence and class of a set from the features of a classifier trained on it: poison makes its target class two groups.
+@torch.no_grad()
+def observed(model: Classifier, features: torch.Tensor, labels: torch.Tensor, classes: int, seed: int) -> tuple[Verdict, str, int | None]:
+    """Return verdict, evidence and class of a set from what a classifier trained on it makes of it: poison makes its target class two groups.
 
     Where poison leads to every class, none stands out, and none can stand for the others; then clear clusters keep the set from being acquitted.
+    So does a classifier that does not know the set.
+
+    Args:
+        features: (N, d), the model's. labels: (N,).
     """
     verdict, evidence, target = stands_out(two_groups(features, labels, classes), "what is gained by cutting a class in two")
     if verdict == "no_evidence":
@@ -121,4 +126,4 @@ def observed(features: torch.Tensor, labels: torch.Tensor, classes: int, seed: i
         apart = max(clusters(points[(labels == label).cpu().numpy()], 10, seed)[2] for label in range(classes))
         if apart > APART:
             return "inconclusive", f"no class stands out, but there are classes of two clear clusters (silhouette {apart:.2g}); {evidence}", None
-    return verdict, evidence, target
+    return *acquitted(verdict, evidence, model.head(features).argmax(1) == labels, "model"), target

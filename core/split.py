@@ -19,6 +19,8 @@ Verdict = Literal["poisoned", "no_evidence", "inconclusive"]
 BINS = 40
 # Below the first the set is called poisoned; up to the second nobody can say.
 SIGNIFICANCE, DOUBT = 0.005, 0.05
+# A model that confirms fewer labels than this would find little in any set.
+TRUSTED = 0.75
 
 
 class Cleansing(Params):
@@ -119,6 +121,18 @@ def stands_out(values: list[float], what: str) -> tuple[Verdict, str, int | None
     if chance < SIGNIFICANCE:
         return "poisoned", said, highest
     return ("inconclusive", said, highest) if chance < DOUBT else ("no_evidence", said, None)
+
+
+def acquitted(verdict: Verdict, evidence: str, confirmed: torch.Tensor, judge: str) -> tuple[Verdict, str]:
+    """Return verdict and evidence; a judge (a model) that knows too little to find anything acquits no set.
+
+    Args:
+        confirmed: (N,) bool, the images whose labels the judge predicts.
+    """
+    share = float(confirmed.float().mean())
+    if verdict != "no_evidence" or share >= TRUSTED:
+        return verdict, evidence
+    return "inconclusive", f"the {judge} confirms only {share:.0%} of the labels, train it longer; {evidence}"
 
 
 def summary(split: Split, given: torch.Tensor, classes: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -453,24 +454,39 @@ def test_a_class_is_cut_where_two_groups_explain_it_best() -> None:
     assert ratios[2] > 2 * max(ratio for label, ratio in enumerate(ratios) if label != 2)
 
 
+def knowing(features: torch.Tensor, labels: torch.Tensor) -> Any:
+    """Return a classifier that takes features for the class whose centre is nearest."""
+    centres = torch.stack([features[labels == label].mean(0) for label in range(int(labels.max()) + 1)])
+    head = torch.nn.Linear(*centres.T.shape)
+    with torch.no_grad():
+        head.weight.copy_(2 * centres)
+        head.bias.copy_(-centres.square().sum(1))
+    return SimpleNamespace(head=head)
+
+
 def test_a_contaminated_class_stands_out_without_clean_images() -> None:
     features, labels, _ = contaminated()
     gains = activations.two_groups(features, labels, 6)
     assert max(range(6), key=lambda label: gains[label]) == 2
-    verdict, evidence, target = activations.observed(features, labels, 6, 0)
+    verdict, evidence, target = activations.observed(knowing(features, labels), features, labels, 6, 0)
     assert (verdict, target) == ("poisoned", 2) and "class 2" in evidence
     clean = labels != 2
-    assert activations.observed(features[clean], labels[clean] - (labels[clean] > 2).long(), 5, 0)[0] != "poisoned"
+    features, labels = features[clean], labels[clean] - (labels[clean] > 2).long()
+    assert activations.observed(knowing(features, labels), features, labels, 5, 0)[0] != "poisoned"
 
 
 def test_guests_in_every_class_keep_a_set_from_being_acquitted() -> None:
     features, labels, _ = contaminated()
     one = labels != 2
     features, labels = features[one], labels[one] - (labels[one] > 2).long()
-    assert activations.observed(features, labels, 5, 0)[0] == "no_evidence"
+    model = knowing(features, labels)
+    assert activations.observed(model, features, labels, 5, 0)[0] == "no_evidence"
+    ignorant = knowing(features, labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))])
+    verdict, evidence, _ = activations.observed(ignorant, features, labels, 5, 0)
+    assert verdict == "inconclusive" and "of the labels, train it longer" in evidence
     guests = torch.arange(len(labels)) % 10 == 0
     features[guests] = features[guests] + 40 * F.one_hot(labels[guests], 12)
-    verdict, evidence, target = activations.observed(features, labels, 5, 0)
+    verdict, evidence, target = activations.observed(model, features, labels, 5, 0)
     assert (verdict, target) == ("inconclusive", None) and "two clear clusters" in evidence
 
 
@@ -491,9 +507,12 @@ def test_gram_matrices_take_the_power_first() -> None:
 
 def test_a_set_of_which_no_image_deviates_is_not_acquitted_for_that() -> None:
     features, labels, _ = contaminated()
+    nearest = knowing(features, labels).head
 
     class Looked:
         """A classifier that has these features and these predictions, and one feature map for every image."""
+
+        head = nearest
 
         def rows(self, images: torch.Tensor) -> torch.Tensor:
             return (images[:, 0, 0] * 255).round().long() @ torch.tensor([256, 1])

@@ -47,7 +47,7 @@ def run(run: Run, inputs: Inputs, params: ActivationClustering) -> Outcome:
         scores[own] = torch.from_numpy(distance).float().to(scores.device)
         shares.append(float(smaller.mean()))
         apart.append(silhouette)
-    verdict, evidence, found = observed(features, labels, suspect.classes, run.seed)
+    verdict, evidence, found = observed(model, features, labels, suspect.classes, run.seed)
     target = params.target if params.target is not None else found
     # Of two halves of equal size none is the guests'; who knows the target wants its smaller cluster in any case.
     told = [

@@ -70,7 +70,7 @@ def run(run: Run, inputs: Inputs, params: Beatrix) -> Outcome:
         flagged = deviant & torch.isin(predicted, torch.tensor(infected, device=scores.device))
     else:
         # Poison of which no image deviates, or that leads to every class, infects none: no reason to acquit the set.
-        verdict, more, target = observed(features, labels, suspect.classes, run.seed)
+        verdict, more, target = observed(model, features, labels, suspect.classes, run.seed)
         flagged, evidence = deviant, f"{evidence}; {more}"
     split = of_flags(labels, scores, flagged, REASON, verdict=verdict, evidence=evidence, target=target)
     return Outcome(split=split, embedding=features, findings={"threshold": threshold, "distances": distances, "anomaly_indices": indices.tolist()})

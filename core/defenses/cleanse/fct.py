@@ -95,9 +95,9 @@ def run(run: Run, inputs: Inputs, params: FCT) -> Outcome:
         evidence = f"{int(poisoned.sum())} of {len(suspect)} images are equally sensitive: the features have collapsed; give fewer tuning_epochs or a wider architecture"
         verdict, target = "inconclusive", None
         clean = poisoned = torch.zeros_like(poisoned)
-    elif verdict == "poisoned" and (own := float((labels[poisoned] == target).double().mean())) <= 0.5:
+    elif verdict == "poisoned" and (most := float(labels[poisoned].bincount().max() / poisoned.sum())) <= 0.5:
         # Some classes are more sensitive than others in any set; poison is more sensitive than any of them.
-        verdict, evidence = "inconclusive", f"only {own:.0%} of the sensitive images carry one label, of poison nearly all would; {evidence}"
+        verdict, evidence = "inconclusive", f"only {most:.0%} of the sensitive images carry one label, of poison nearly all would; {evidence}"
     elif verdict == "no_evidence" and still(scores) > 0.5:
         # What is left to move is chance.
         verdict, evidence = "inconclusive", f"{still(scores):.0%} of the images do not move at all: the features have collapsed; {evidence}"

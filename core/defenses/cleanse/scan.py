@@ -13,7 +13,7 @@ from core.activations import Observing, collect, inverse, observer, untangle
 from core.catalog import Inputs, Need, Outcome, defense
 from core.inversion import anomaly_index
 from core.run import Run
-from core.split import of_flags
+from core.split import Verdict, acquitted, of_flags
 
 REASON = "it belongs to the group of its class that has fewer of the clean images"
 
@@ -69,10 +69,12 @@ def run(run: Run, inputs: Inputs, params: SCAn) -> Outcome:
         f"the likelihood ratios have anomaly indices up to {max(indices):.3g} (contaminated above {params.threshold:.3g}); "
         f"the largest is {max(ratios):.3g}, that of clean images {max(usual):.3g}"
     )
+    verdict: Verdict = "poisoned" if contaminated else "no_evidence"
+    with torch.no_grad():
+        verdict, evidence = acquitted(verdict, evidence, model.head(features).argmax(1).cpu() == suspect.labels.cpu(), "model")
     target = contaminated[0] if len(contaminated) == 1 else None
     split = of_flags(
-        suspect.labels, torch.from_numpy(scores), torch.from_numpy(flagged), REASON,
-        verdict="poisoned" if contaminated else "no_evidence", evidence=evidence, target=target,
+        suspect.labels, torch.from_numpy(scores), torch.from_numpy(flagged), REASON, verdict=verdict, evidence=evidence, target=target,
     )  # fmt: skip
     return Outcome(
         split=split,

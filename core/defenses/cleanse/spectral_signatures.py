@@ -38,7 +38,7 @@ def run(run: Run, inputs: Inputs, params: SpectralSignatures) -> Outcome:
         own = labels == label
         scores[own], share = signature(features[own])
         spread.append(share)
-    verdict, evidence, target = observed(features, labels, suspect.classes, run.seed)
+    verdict, evidence, target = observed(model, features, labels, suspect.classes, run.seed)
     target = params.target if params.target is not None else target
     flagged = torch.zeros_like(labels, dtype=torch.bool)
     for label in range(suspect.classes) if target is None else (target,):

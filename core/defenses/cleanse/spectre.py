@@ -44,7 +44,7 @@ def run(run: Run, inputs: Inputs, params: Spectre) -> Outcome:
         scores[own] = torch.from_numpy(found).float().to(scores.device)
         values.append(value)
         used.append(dimensions)
-    verdict, evidence, stands = observed(features, labels, suspect.classes, run.seed)
+    verdict, evidence, stands = observed(model, features, labels, suspect.classes, run.seed)
     # The published rule takes the largest value, whether it stands out or not.
     likely = params.target if params.target is not None else stands
     flagged = highest(scores, labels == (likely if likely is not None else int(np.argmax(values))), params.rate)

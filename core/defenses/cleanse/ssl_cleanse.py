@@ -13,15 +13,13 @@ from core.catalog import Inputs, Need, Outcome, defense
 from core.encoders import Encoding
 from core.neighbours import Neighbourhood, neighbourhood
 from core.run import Run
-from core.split import Cleansing, Split, stands_out
+from core.split import Cleansing, Split, acquitted, stands_out
 
 REASONS = (
     "its nearest neighbours carry another label",
     "it is drawn to the images of another label",
     "neighbours and energies both speak against its label",
 )
-# An encoder that confirms fewer labels than this cannot say that a set is clean.
-TRUSTED = 0.75
 
 
 class SSLCleanse(Cleansing, Encoding):
@@ -85,10 +83,7 @@ def judge(near: Neighbourhood, labels: torch.Tensor, params: SSLCleanse) -> tupl
     predicted = opinions[used[0]][0]
     scores = contradiction(near, labels, params.filter)
     verdict, evidence, target = stands_out(among_strangers(labels, predicted, near.votes.shape[1]), "the share of its label among the least similar images")
-    share = float(accepted.float().mean())
-    if verdict == "no_evidence" and share < TRUSTED:
-        # An encoder that knows little would find little.
-        verdict, evidence = "inconclusive", f"the encoder confirms only {share:.0%} of the labels, train it longer; {evidence}"
+    verdict, evidence = acquitted(verdict, evidence, accepted, "encoder")
     split = Split(
         labels=torch.where(corrected, predicted, labels), kept=accepted | corrected, scores=scores, clean=accepted, suspect=~accepted,
         why=torch.full_like(labels, ("knn", "energy", "both").index(params.filter)), reasons=REASONS, verdict=verdict, evidence=evidence, target=target,

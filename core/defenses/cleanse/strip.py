@@ -46,7 +46,7 @@ def run(run: Run, inputs: Inputs, params: Strip) -> Outcome:
     flagged = found < threshold
     labels = suspect.labels.to(found.device)
     features = collect(run, model.features, suspect)
-    verdict, evidence, target = observed(features, labels, suspect.classes, run.seed)
+    verdict, evidence, target = observed(model, features, labels, suspect.classes, run.seed)
     split = of_flags(labels, -found, flagged, REASON, verdict=verdict, evidence=evidence, target=target)
     return Outcome(split=split, embedding=features, findings={"threshold": threshold})
 

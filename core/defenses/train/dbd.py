@@ -18,7 +18,7 @@ from core.images import ImageSet, as_floats
 from core.losses import symmetric_cross_entropy
 from core.run import Run
 from core.schooling import Compared, plain
-from core.split import of_flags, share_of_each, stands_out
+from core.split import acquitted, of_flags, share_of_each, stands_out
 from core.training import mixed_precision
 
 REASON = "its label is among the half that the classifier believes least"
@@ -68,18 +68,14 @@ def run(run: Run, inputs: Inputs, params: DBD) -> Outcome:
     model.requires_grad_(True)
     run.phase("training on what is believed")
     history = match(run, inputs, model, suspect, labels, params)
-    losses = doubts(run, model, suspect, labels)
+    logits = collect(run, model.eval(), suspect)
+    losses = symmetric_cross_entropy(logits, labels)
     doubted = losses > losses.kthvalue(max(int(params.believed * len(losses)), 1)).values
     verdict, evidence, target = stands_out(share_of_each(doubted, labels, suspect.classes), "the share of doubted labels")
+    verdict, evidence = acquitted(verdict, evidence, logits.argmax(1) == labels, "model")
     split = of_flags(labels, losses, doubted, REASON, verdict=verdict, evidence=evidence, target=target)
     findings = {"encoder_loss": encoding, "head_loss": heading, "loss": history}
     return Outcome(model=model.eval(), baseline=plain(run, inputs, params) if params.compare else None, split=split, findings=findings)
-
-
-def doubts(run: Run, model: Classifier, data: ImageSet, labels: torch.Tensor) -> torch.Tensor:
-    """Return each image's symmetric cross-entropy, (N,), in eval mode and without augmentation."""
-    model.eval()
-    return symmetric_cross_entropy(collect(run, model, data), labels)
 
 
 def match(run: Run, inputs: Inputs, model: Classifier, data: ImageSet, labels: torch.Tensor, params: DBD) -> list[float]:
@@ -89,7 +85,7 @@ def match(run: Run, inputs: Inputs, model: Classifier, data: ImageSet, labels: t
     history: dict[str, list[float]] = {"loss": []}
     view = crop_and_flip(mirror=params.mirror)
     for epoch in run.stage("match", total=params.epochs, model=model, optimizer=optimizer, generator=generator, history=history):
-        order = doubts(run, model, data, labels).argsort(stable=True).cpu()
+        order = symmetric_cross_entropy(collect(run, model.eval(), data), labels).argsort(stable=True).cpu()
         cut = int(params.believed * len(order))
         pools = (order[:cut], order[cut:])
         model.train()
