@@ -19,7 +19,9 @@ LESS = (
     "Lower the learning rate or the epochs, give more clean images, leave mirrored images out where they mean something else "
     "(`mirror`, where the method has it), or try ft_sam."
 )
+UNTRIED = "accuracy was kept; no trigger was given or recovered, so whether a backdoor is left was not measured"
 ADVICE = {
+    "untried": "Inspect the result with combined, declare the attack if you know it, or purify with mcldef, which recovers a trigger and tries it afterwards.",
     "accuracy": LESS,
     "agreement": LESS,
     "recovered_trigger": "Train for more epochs, or try ft_sam, nad or ibau, which do not depend on one recovered trigger.",
@@ -29,6 +31,8 @@ ADVICE = {
 
 def judge(before: dict[str, Any] | None, after: dict[str, Any] | None, aside: dict[str, Any] | None, recovered: dict[str, Any] | None) -> dict[str, Any]:
     """Return `{verdict, reasons, advice}` of a purification: `purified`, `not_purified` or `not_measured`.
+
+    Accuracy alone does not make a model purified: a trigger must have been tried, a given or a recovered one.
 
     Args:
         before, after: `evaluation.evaluate` of the test set, if there is one.
@@ -58,6 +62,8 @@ def judge(before: dict[str, Any] | None, after: dict[str, Any] | None, aside: di
             found.append(("recovered_trigger", f"the recovered trigger still sends {rates['after']['value']:.1%} of the images to class {label}"))
     if not measured:
         return {"verdict": "not_measured", "reasons": ["there was nothing to measure the result with"], "advice": "Give clean images or a test set."}
+    if not found and not recovered and "asr" not in (after or {}):
+        return {"verdict": "not_measured", "reasons": [UNTRIED], "advice": ADVICE["untried"]}
     if not found:
         return {"verdict": "purified", "reasons": [], "advice": ""}
     return {

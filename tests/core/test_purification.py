@@ -498,7 +498,12 @@ def test_the_verdict_names_what_is_wrong() -> None:
     assert verdict.judge(None, None, None, None)["verdict"] == "not_measured"
     # Two errors among thirty images are chance.
     aside = {"what": "accuracy", "before": rate(30, 30), "after": rate(28, 30)}
-    assert verdict.judge(None, None, aside, None)["verdict"] == "purified"
+    gone = {"5": {"before": rate(99, 100), "after": rate(0, 100)}}
+    assert verdict.judge(None, None, aside, gone)["verdict"] == "purified"
+    # Accuracy says nothing of a backdoor.
+    for pair in ((None, None), (measured(900), measured(890))):
+        found = verdict.judge(*pair, aside, None)
+        assert found["verdict"] == "not_measured" and "whether a backdoor is left" in found["reasons"][0] and "combined" in found["advice"]
 
 
 def test_classes_that_lose_are_named_worst_first() -> None:
