@@ -345,7 +345,7 @@ def report(job: Id) -> None:
     Console().print(table)
     judged = found.get("verdict")
     if judged:
-        Console().print(" ".join([f"{judged['verdict']}{': ' if judged['reasons'] else ''}{'; '.join(judged['reasons'])}.", judged["advice"]]).rstrip())
+        Console().print(f"{judged['verdict']}: {'; '.join(judged['reasons'])}. {judged['advice']}".rstrip())
     if found.get("cleansing"):
         counts = ", ".join(f"{count} {name}" for name, count in found["cleansing"]["counts"].items())
         Console().print(f"{found['cleansing']['verdict']}: {found['cleansing']['evidence']}\n{counts}")

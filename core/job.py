@@ -136,7 +136,7 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
     if method.kind in (Kind.PURIFY, Kind.TRAIN):
         # The test set may be what was kept aside; it is judged once.
         judged = verdict.judge(before, after, kept_aside, estimated["recovered_trigger_success"] if estimated else None)
-        run.log(f"{judged['verdict']}: {'; '.join(judged['reasons']) or 'accuracy was kept and nothing known still works'}", **judged)
+        run.log(f"{judged['verdict']}: {'; '.join(judged['reasons'])}", **judged)
     lost = verdict.losers(before, after) if before and after else []
     for one in lost:
         run.warn(f"class {one['class']} fell from {one['before']['value']:.1%} to {one['after']['value']:.1%}", **one)

@@ -19,6 +19,9 @@ LESS = (
     "Lower the learning rate or the epochs, give more clean images, leave mirrored images out where they mean something else "
     "(`mirror`, where the method has it), or try ft_sam."
 )
+# A rate that was not measured.
+NOTHING: dict[str, Any] = {"value": None}
+
 UNTRIED = "accuracy was kept; no trigger was given or recovered, so whether a backdoor is left was not measured"
 ADVICE = {
     "untried": "Inspect the result with combined, declare the attack if you know it, or purify with mcldef, which recovers a trigger and tries it afterwards.",
@@ -40,16 +43,18 @@ def judge(before: dict[str, Any] | None, after: dict[str, Any] | None, aside: di
         recovered: by label, rates `before` and `after` of the recovered triggers.
     """
     found: list[tuple[str, str]] = []
-    measured = before is not None and after is not None
+    measured = False
     if before is not None and after is not None:
+        measured = True
         found += _accuracy(before["ba"], after["ba"], "the test set")
-        if "asr" in before:
-            was, now = before["asr"]["value"], after["asr"]["value"]
-            anyway = after.get("asr_without_trigger", {}).get("value") or 0.0
-            if now is not None and now - anyway > LEFT:
-                found.append(("asr", f"the attack still succeeds on {now:.1%} of the triggered images, against {anyway:.1%} of them without the trigger"))
-            elif was is not None and now is not None and now > was + 0.02:
-                found.append(("asr", f"the attack succeeds more often than before, {now:.1%} after {was:.1%}"))
+    if after is not None and after.get("asr", NOTHING)["value"] is not None:
+        measured = True
+        now, was = after["asr"]["value"], (before or {}).get("asr", NOTHING)["value"]
+        anyway = after.get("asr_without_trigger", NOTHING)["value"] or 0.0
+        if now - anyway > LEFT:
+            found.append(("asr", f"the attack still succeeds on {now:.1%} of the triggered images, against {anyway:.1%} of them without the trigger"))
+        elif was is not None and now > was + 0.02:
+            found.append(("asr", f"the attack succeeds more often than before, {now:.1%} after {was:.1%}"))
     if aside is not None:
         measured = True
         if aside["what"] == "accuracy":
@@ -60,17 +65,26 @@ def judge(before: dict[str, Any] | None, after: dict[str, Any] | None, aside: di
         measured = True
         if rates["after"]["value"] is not None and rates["after"]["value"] > LEFT_OF_RECOVERED:
             found.append(("recovered_trigger", f"the recovered trigger still sends {rates['after']['value']:.1%} of the images to class {label}"))
+    if found:
+        advice = " ".join(dict.fromkeys(ADVICE[kind] for kind, _ in found))
+        return {"verdict": "not_purified", "reasons": [reason for _, reason in found], "advice": advice}
     if not measured:
         return {"verdict": "not_measured", "reasons": ["there was nothing to measure the result with"], "advice": "Give clean images or a test set."}
-    if not found and not recovered and "asr" not in (after or {}):
+    shown = _tried(before, after, recovered)
+    if not shown:
         return {"verdict": "not_measured", "reasons": [UNTRIED], "advice": ADVICE["untried"]}
-    if not found:
-        return {"verdict": "purified", "reasons": [], "advice": ""}
-    return {
-        "verdict": "not_purified",
-        "reasons": [reason for _, reason in found],
-        "advice": " ".join(dict.fromkeys(ADVICE[kind] for kind, _ in found)),
-    }
+    return {"verdict": "purified", "reasons": shown, "advice": ""}
+
+
+def _tried(before: dict[str, Any] | None, after: dict[str, Any] | None, recovered: dict[str, Any] | None) -> list[str]:
+    """Return a sentence for each trigger that was tried on the result: a model is purified of those, and of no other that is known."""
+    tried = {f"the recovered trigger sends {{}} of the images to class {label}": rates for label, rates in (recovered or {}).items()}
+    tried["the attack succeeds on {} of the triggered images"] = {when: (of or {}).get("asr", NOTHING) for when, of in (("before", before), ("after", after))}
+    return [
+        sentence.format(f"{rates['after']['value']:.1%}") + (f", {rates['before']['value']:.1%} before" if rates["before"]["value"] is not None else "")
+        for sentence, rates in tried.items()
+        if rates["after"]["value"] is not None
+    ]
 
 
 def _accuracy(before: dict[str, Any], after: dict[str, Any], where: str) -> list[tuple[str, str]]:

@@ -489,6 +489,7 @@ def test_the_verdict_names_what_is_wrong() -> None:
         (*good[:1], measured(890, 500), None, None, "still succeeds"),
         (*good[:1], measured(890, 130, 20), None, None, "still succeeds"),
         (measured(900, 20), measured(900, 60), None, None, "more often than before"),
+        (None, measured(890, 500), None, None, "still succeeds"),
         (None, None, {"what": "accuracy", "before": rate(90, 100), "after": rate(80, 100)}, None, "kept aside"),
         (None, None, {"what": "agreement", "before": rate(100, 100), "after": rate(70, 100)}, None, "agrees"),
         (*good, None, {"5": {"before": rate(99, 100), "after": rate(60, 100)}}, "recovered trigger"),
@@ -499,7 +500,13 @@ def test_the_verdict_names_what_is_wrong() -> None:
     # Two errors among thirty images are chance.
     aside = {"what": "accuracy", "before": rate(30, 30), "after": rate(28, 30)}
     gone = {"5": {"before": rate(99, 100), "after": rate(0, 100)}}
+    found = verdict.judge(*good, aside, gone)
+    assert found["verdict"] == "purified" and found["reasons"] == [
+        "the recovered trigger sends 0.0% of the images to class 5, 99.0% before",
+        "the attack succeeds on 2.2% of the triggered images, 98.9% before",
+    ]
     assert verdict.judge(None, None, aside, gone)["verdict"] == "purified"
+    assert verdict.judge(None, measured(890, 20), None, None)["reasons"] == ["the attack succeeds on 2.2% of the triggered images"]
     # Accuracy says nothing of a backdoor.
     for pair in ((None, None), (measured(900), measured(890))):
         found = verdict.judge(*pair, aside, None)
