@@ -1,6 +1,7 @@
 """`unpoison`: the service from a terminal.
 
-Exit codes: 0 done, 1 usage or API error, 2 the job failed, 3 it crashed, 4 it was cancelled, 5 waiting took too long.
+Exit codes: 0 done, 1 usage or API error, 2 the job failed, 3 it crashed, 4 it was cancelled, 5 waiting took too long, 6 its verdict is none of
+those that were required.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from client.flows import Json
 from client.sessions import Client
 
 EXIT = {"succeeded": 0, "failed": 2, "crashed": 3, "cancelled": 4}
-EXIT_ERROR, EXIT_TIMEOUT = 1, 5
+EXIT_ERROR, EXIT_TIMEOUT, EXIT_VERDICT = 1, 5, 6
 JOB = ["id", "status", "method", "attempt", "cleaned_model_id", "cleansed_dataset_id", "started_at", "finished_at"]
 err = Console(stderr=True)
 
@@ -81,6 +82,12 @@ for _name, _group, _help in (
 
 Id = Annotated[str, typer.Argument(metavar="ID")]
 File = Annotated[Path, typer.Argument(exists=True, dir_okay=False)]
+Required = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require", metavar="VERDICT", help="Wait for the job and exit with 6 unless this is its verdict (purified, no_evidence, …); may be repeated."
+    ),
+]
 Resize = Annotated[int | None, typer.Option(help="Only data sets: make every picture a square of this many pixels.")]
 
 
@@ -210,6 +217,7 @@ def submit(
     seed: Annotated[int, typer.Option()] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run nothing.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
+    require: Required = None,
 ) -> None:
     """Run a defense."""
     defense = {**(json.loads(params.read_text()) if params else {}), **_pairs(param), "method": method}
@@ -223,12 +231,12 @@ def submit(
         job = client.jobs.create(
             model=model, dataset=dataset, suspect_dataset=suspect, defense=defense, evaluation=evaluation, seed=seed, validate_only=dry_run
         )
-        if dry_run or not wait:
+        if dry_run or not (wait or require):
             output.show(job, ["object", "method", "kind", "request"] if dry_run else JOB)
             if not dry_run:
                 err.print(f"follow it: unpoison jobs watch {job['id']}")
             return
-        _follow(client, job["id"], None)
+        _follow(client, job["id"], None, require)
 
 
 @jobs.command("ls")
@@ -246,10 +254,10 @@ def show_job(job: Id) -> None:
 
 
 @jobs.command("watch")
-def watch(job: Id, timeout: Annotated[float | None, typer.Option(help="Seconds.")] = None) -> None:
+def watch(job: Id, timeout: Annotated[float | None, typer.Option(help="Seconds.")] = None, require: Required = None) -> None:
     """Follow a job to its end; the exit code says how it ended."""
     with output.client() as client:
-        _follow(client, job, timeout)
+        _follow(client, job, timeout, require)
 
 
 @jobs.command("wait")
@@ -343,14 +351,10 @@ def report(job: Id) -> None:
     what = found["recognised"]["architecture"] if found["recognised"] else f"{found['inputs']['suspect_images']} training images"
     Console().print(f"{found['method']} on {what}, {found['measured_on'] or 'nothing to measure on'}")
     Console().print(table)
-    judged = found.get("verdict")
-    if judged:
-        Console().print(f"{judged['verdict']}: {'; '.join(judged['reasons'])}. {judged['advice']}".rstrip())
+    for verdict, why in _verdicts(found):
+        Console().print(f"{verdict}: {why}")
     if found.get("cleansing"):
-        counts = ", ".join(f"{count} {name}" for name, count in found["cleansing"]["counts"].items())
-        Console().print(f"{found['cleansing']['verdict']}: {found['cleansing']['evidence']}\n{counts}")
-    elif "verdict" in found["findings"]:
-        Console().print(f"{found['findings']['verdict']}: {found['findings']['reason']}")
+        Console().print(", ".join(f"{count} {name}" for name, count in found["cleansing"]["counts"].items()))
     for one in found.get("classes_lost", ()):
         Console().print(f"class {one['class']} fell from {_rate(one['before'])} to {_rate(one['after'])}")
 
@@ -358,7 +362,19 @@ def report(job: Id) -> None:
 # -- shared --------------------------------------------------------------------------------------------------------
 
 
-def _follow(client: Client, job_id: str, timeout: float | None) -> None:
+def _verdicts(found: Json) -> list[tuple[str, str]]:
+    """Return what a job's results or report say of the model that came out, of the training set, or of the model that was inspected, with the reason."""
+    said = []
+    if found.get("verdict"):
+        said.append((found["verdict"]["verdict"], f"{'; '.join(found['verdict']['reasons'])}. {found['verdict']['advice']}".rstrip()))
+    if found.get("cleansing"):
+        said.append((found["cleansing"]["verdict"], found["cleansing"]["evidence"]))
+    elif "verdict" in found["findings"]:
+        said.append((found["findings"]["verdict"], found["findings"]["reason"]))
+    return said
+
+
+def _follow(client: Client, job_id: str, timeout: float | None, require: list[str] | None) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeRemainingColumn())
     try:
         with Progress(*columns, console=err, transient=True, disable=output.quiet) as bars:
@@ -378,7 +394,12 @@ def _follow(client: Client, job_id: str, timeout: float | None) -> None:
     if job["error"]:
         err.print(f"{job['error']['code']}: {job['error']['detail']} {job['error']['advice']}")
     elif job["status"] == "succeeded":
+        said = _verdicts(job["results"])
+        for verdict, why in said:
+            err.print(f"{verdict}: {why}", markup=False)
         err.print(f"unpoison report {job_id}   unpoison artifacts get {job_id} -o clean.safetensors")
+        if require and not any(verdict in require for verdict, _ in said):
+            raise typer.Exit(EXIT_VERDICT)
     raise typer.Exit(EXIT[job["status"]])
 
 

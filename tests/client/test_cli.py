@@ -50,6 +50,10 @@ def test_a_session(service: Stack, case: Case, tmp_path: Path) -> None:
     job = run("-q", "jobs", "submit", "--model", model, "--dataset", clean, "--method", "mcldef", *few, *attack, "--wait")
     assert job in run("-q", "jobs", "ls", "--status", "succeeded")
     assert run("-q", "jobs", "watch", job) == job
+    # A pipeline goes on by the verdict, not only by the job's end.
+    assert "purified: the recovered trigger sends" in unpoison(service, "jobs", "watch", job, key=key).stderr
+    assert run("-q", "jobs", "watch", job, "--require", "purified", "--require", "no_evidence") == job
+    run("jobs", "watch", job, "--require", "no_evidence", code=6)
     assert "state" in run("jobs", "logs", job)
     target = tmp_path / "clean.safetensors"
     assert run("artifacts", "get", job, "-o", str(target)) == str(target) and target.stat().st_size > 1000
