@@ -40,7 +40,10 @@ PROPOSALS = (
         "Needs no labels and costs the least accuracy, if the trigger is a patch or a blend that inversion finds. A job that ends as not_purified says "
         "that it was not: go on to the next.",
     ),
-    Proposal(Kind.PURIFY, "ft_sam", frozenset({MODEL, CLEAN, LABELS}), "Does not depend on one recovered trigger; slower, and costs more accuracy."),
+    Proposal(
+        Kind.PURIFY, "ft_sam", frozenset({MODEL, CLEAN, LABELS}),
+        "Does not depend on one recovered trigger; slower, and costs more accuracy. It tries no trigger either: inspect its result.",
+    ),
     Proposal(Kind.PURIFY, "clp", frozenset({MODEL}), "The only one without any image, for networks with BatchNorm. It prunes outliers among channels: not for narrow networks."),
     Proposal(
         Kind.CLEANSE, "scan", frozenset({SUSPECT, CLEAN, LABELS}),
