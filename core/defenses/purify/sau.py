@@ -35,7 +35,7 @@ class SAU(Tuning):
     title="Shared adversarial unlearning",
     paper="Wei et al., Shared Adversarial Unlearning, NeurIPS 2023",
     needs=(Need.MODEL, Need.CLEAN_IMAGES, Need.CLEAN_LABELS),
-    caution="Small models with 300 clean images lost up to 13 points of accuracy, the target class up to 98 points of its own, and patches survived.",
+    caution="Small models with 300 clean images lost up to 12 points of accuracy, the target class up to 98 points of its own, and patches survived.",
 )
 def run(run: Run, inputs: Inputs, params: SAU) -> Outcome:
     """Unlearn the adversarial examples that mislead the model and its frozen backdoored copy alike."""
