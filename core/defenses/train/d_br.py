@@ -56,7 +56,7 @@ class DBR(Compared, victim.Training):
     title="D-BR",
     paper="Effective backdoor defense by exploiting sensitivity of poisoned samples, NeurIPS 2022, Eq. 4",
     needs=(Need.SUSPECT_DATASET,),
-    caution="Narrow networks (WRN-16-1, WRN-10-1) kept their backdoors as published; with `bn` frozen and `unlearning` by unlikelihood an ASR of 0 to 6 % was left.",
+    caution="Narrow networks (WRN-16-1, WRN-10-1) kept their backdoors as published; with `bn` frozen and `unlearning` by unlikelihood an ASR of 0 to 10 % was left, of a warp of which the split missed 28 %, 27 %.",
 )
 def run(run: Run, inputs: Inputs, params: DBR) -> Outcome:
     """Remove the backdoor of a plainly trained model by unlearning the poisoned and relearning the clean part in turns."""
