@@ -52,6 +52,20 @@ class Tuning(Mirroring):
         """Return what an image goes through before a step."""
         return crop_and_flip(mirror=self.mirror) if self.augment else none
 
+    def epoch(self, images: ImageSet) -> ImageSet:
+        """Return what is gone through in one epoch."""
+        return images
+
+
+class Repeating(Tuning):
+    """Parameters of those of them whose schedule does harm, or nothing, when it has only a few steps."""
+
+    epoch_images: int = epoch_images_field()
+
+    def epoch(self, images: ImageSet) -> ImageSet:
+        """Return the images as often after themselves as the schedule needs."""
+        return images.at_least(self.epoch_images)
+
 
 def tune(
     run: Run,
@@ -84,7 +98,7 @@ def tune(
     history = training.fit(
         run,
         name,
-        data=inputs.clean if data is None else data,
+        data=params.epoch(inputs.clean if data is None else data),
         loss=loss,
         network=model,
         optimizer=optimizer or torch.optim.SGD(trained, lr=params.learning_rate, momentum=0.9, weight_decay=weight_decay),

@@ -110,6 +110,17 @@ def test_crop_and_flip_equals_a_plain_loop() -> None:
     assert found.dtype == torch.uint8
 
 
+@pytest.mark.parametrize(("height", "width", "padding"), [(32, 32, 4), (28, 28, 4), (16, 20, 2), (224, 224, 28), (16, 16, 2)])
+def test_crops_move_an_image_by_an_eighth_of_its_side(height: int, width: int, padding: int) -> None:
+    images = torch.arange(8 * height * width).view(8, 1, height, width).float()
+
+    def view(*given: int) -> torch.Tensor:
+        return crop_and_flip(*given)(images, torch.Generator().manual_seed(8))
+
+    assert torch.equal(view(), view(padding))
+    assert not torch.equal(view(), view(padding - 1))
+
+
 def test_nothing_is_mirrored_where_that_was_not_wanted() -> None:
     rising = torch.linspace(0, 1, 32).expand(64, 3, 32, 32)
 

@@ -10,10 +10,10 @@ from pydantic import Field
 from core.catalog import Inputs, Need, Outcome, defense
 from core.images import as_floats
 from core.run import Run
-from core.tuning import Tuning, cross_entropy, tune
+from core.tuning import Repeating, cross_entropy, tune
 
 
-class FinePruning(Tuning):
+class FinePruning(Repeating):
     """Parameters."""
 
     method: Literal["fine_pruning"]

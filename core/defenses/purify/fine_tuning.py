@@ -6,10 +6,10 @@ from typing import Literal
 
 from core.catalog import Inputs, Need, Outcome, defense
 from core.run import Run
-from core.tuning import Tuning, cross_entropy, tune
+from core.tuning import Repeating, cross_entropy, tune
 
 
-class FineTuning(Tuning):
+class FineTuning(Repeating):
     """Parameters; the defaults are those of MCLDef's comparison."""
 
     method: Literal["fine_tuning"]
@@ -23,7 +23,7 @@ class FineTuning(Tuning):
 )
 def run(run: Run, inputs: Inputs, params: FineTuning) -> Outcome:
     """Train on with the clean images and their labels and hope that the backdoor is forgotten."""
-    assert inputs.model is not None
+    assert inputs.model is not None and inputs.clean is not None
     model = inputs.model.frozen_copy().requires_grad_(True)
     run.phase("fine-tuning")
     return Outcome(model=model, findings={"loss": tune(run, "fine-tune", inputs, params, cross_entropy(model), model=model)})

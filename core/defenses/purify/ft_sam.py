@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,10 +15,10 @@ from core import training
 from core.catalog import Inputs, Need, Outcome, defense
 from core.classifier import Classifier
 from core.run import Run
-from core.tuning import Tuning, epoch_images_field, epochs_field, rate_field, tune
+from core.tuning import Repeating, epochs_field, rate_field, tune
 
 
-class FTSAM(Tuning):
+class FTSAM(Repeating):
     """Parameters; the defaults are those for CIFAR-10."""
 
     method: Literal["ft_sam"]
@@ -30,7 +29,6 @@ class FTSAM(Tuning):
         default=2.0, gt=0, le=1000, title="Rho", description="How far the weights are moved against the loss: 2 on CIFAR, 8 on GTSRB and Tiny ImageNet."
     )
     smoothing: float = Field(default=0.1, ge=0, lt=1, title="Label smoothing")
-    epoch_images: int = epoch_images_field()
 
 
 @defense(
@@ -52,7 +50,6 @@ def run(run: Run, inputs: Inputs, params: FTSAM) -> Outcome:
         with _statistics_kept(model):
             return F.cross_entropy(model(images).float(), labels, label_smoothing=params.smoothing)
 
-    inputs = replace(inputs, clean=inputs.clean.at_least(params.epoch_images))
     run.phase("fine-tuning")
     history = tune(run, "fine-tune", inputs, params, loss, model=model, optimizer=optimizer, schedule=training.cosine(params.epochs, params.learning_rate))
     return Outcome(model=model, findings={"loss": history})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,13 +14,13 @@ from core.errors import LayerMissing
 from core.images import as_floats
 from core.run import Run
 from core.training import steps
-from core.tuning import Tuning, cross_entropy, epoch_images_field, tune
+from core.tuning import Repeating, cross_entropy, tune
 
 # Pixels of the images that the published betas are made for.
 PIXELS = 32 * 32
 
 
-class NAD(Tuning):
+class NAD(Repeating):
     """Parameters; `cutout` and `nesterov` belong to the published code, and MCLDef's comparison is taken to be without them."""
 
     method: Literal["nad"]
@@ -39,7 +38,6 @@ class NAD(Tuning):
     power: float = Field(default=2.0, gt=0, le=10, title="Power", description="p of the attention map.")
     cutout: bool = Field(default=False, title="Cutout", description="A grey square of three pixels in every training image.")
     nesterov: bool = Field(default=False, title="Nesterov momentum")
-    epoch_images: int = epoch_images_field()
 
 
 @defense(
@@ -64,7 +62,6 @@ def run(run: Run, inputs: Inputs, params: NAD) -> Outcome:
     betas = [beta * (min(pixels / PIXELS, 1) if params.scale_betas else 1) for beta in params.betas]
     teacher = suspect.frozen_copy().requires_grad_(True)
     run.phase("fine-tuning the teacher")
-    inputs = replace(inputs, clean=inputs.clean.at_least(params.epoch_images))
     teaching = params.model_copy(update={"epochs": params.teacher_epochs})
     taught = tune(run, "teacher", inputs, teaching, cross_entropy(teacher), model=teacher)
     teacher.requires_grad_(False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,10 +17,10 @@ from core.errors import LayerMissing
 from core.images import as_floats
 from core.losses import unlikelihood
 from core.run import Run
-from core.tuning import Tuning, cross_entropy, epoch_images_field, epochs_field, rate_field, tune
+from core.tuning import Repeating, cross_entropy, epochs_field, rate_field, tune
 
 
-class NPD(Tuning):
+class NPD(Repeating):
     """Parameters; the defaults are those for CIFAR-10."""
 
     method: Literal["npd"]
@@ -37,7 +36,6 @@ class NPD(Tuning):
     adversarial_weight: float = Field(default=0.4, ge=0, le=100, title="Weight of adversarial images", description="lambda 2.")
     wrong_weight: float = Field(default=0.4, ge=0, le=100, title="Weight against the wrong class", description="lambda 3.")
     target_weight: float = Field(default=0.4, ge=0, le=100, title="Weight against the target", description="lambda 4.")
-    epoch_images: int = epoch_images_field()
 
 
 @defense(
@@ -58,7 +56,6 @@ def run(run: Run, inputs: Inputs, params: NPD) -> Outcome:
     polarizer = Polarizer(conv.in_channels).to(run.device)
     parametrize.register_parametrization(conv, "weight", polarizer)
     target = _second_choice(model, inputs) if params.target is None else params.target
-    inputs = replace(inputs, clean=inputs.clean.at_least(params.epoch_images))
 
     def loss(images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         assert labels is not None
