@@ -10,10 +10,13 @@ import torch
 
 from core import images, poisoning, victim, weights
 from core.attacks.badnets import BadNets
+from core.classifier import Preprocessing
 from core.images import ImageSet
 from core.run import Run
 
 SIZE = 16
+# Of classifiers of one channel that take values as they are.
+GREY = Preprocessing((0.0,), (1.0,), "unit")
 
 
 @dataclass(frozen=True)

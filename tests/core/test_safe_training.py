@@ -21,8 +21,6 @@ from core.errors import BadDataset
 from core.images import ImageSet
 from core.run import Run
 
-GREY = Preprocessing((0.0,), (1.0,), "unit")
-
 
 def test_every_split_fits_every_training() -> None:
     """The parts are exchangeable: what one method splits, another one trains on."""
@@ -67,7 +65,7 @@ def test_a_training_mirrors_unless_told_otherwise(case: str) -> None:
         method = catalog.defenses()[name]
         params = catalog.validate({name: method}, {"method": name, **MIRRORING[case], **more})
         with torch.nn.modules.module.register_module_forward_pre_hook(look):
-            method.run(Run(device="cpu"), Inputs(clean=data, suspect=data, preprocessing=GREY), params)
+            method.run(Run(device="cpu"), Inputs(clean=data, suspect=data, preprocessing=digits.GREY), params)
         # Padding, pasted boxes and cut-outs have edges of their own: most steps decide.
         return any(bool((images.diff(dim=3).sign().sum((1, 2, 3)) < 0).any()) for images in seen)
 
@@ -98,7 +96,7 @@ def test_a_blend_is_unlearnt_under_the_statistics_it_is_deployed_with() -> None:
     given = {"method": "d_br", **trained, "split": {"method": "scan", **trained}, "bn": "frozen", "unlearning": "unlikelihood"}
     params = catalog.validate({"d_br": catalog.defenses()["d_br"]}, given)
     assert isinstance(params, DBR)
-    inputs = Inputs(clean=data.clean, suspect=poisoning.poison(data.train, made).data, preprocessing=GREY)
+    inputs = Inputs(clean=data.clean, suspect=poisoning.poison(data.train, made).data, preprocessing=digits.GREY)
     outcome = d_br.run(Run(device="cpu"), inputs, params)
 
     def rates(model: Classifier | None) -> tuple[float, float]:
@@ -146,7 +144,7 @@ def test_the_stem_does_not_change_when_the_head_is_replaced() -> None:
         state = {name: value.clone() for name, value in model.network.state_dict().items()}
         (after if before else before).update(state)
 
-    inputs = Inputs(clean=data.clean, suspect=data.train.subset(torch.arange(300)), preprocessing=GREY, watch=watch)
+    inputs = Inputs(clean=data.clean, suspect=data.train.subset(torch.arange(300)), preprocessing=digits.GREY, watch=watch)
     outcome = trap_and_replace.run(Run(device="cpu", emit=events.append), inputs, params)
     assert outcome.model is not None and outcome.model.architecture.name == "wrn-16-1-replaced-5"
     fresh = {name for name in before if "_aux" in name}
@@ -174,7 +172,7 @@ def test_dropout_lies_between_the_convolutions_and_before_the_last_norm() -> Non
 
 def test_mixmatch_without_mixing_is_cross_entropy_and_squared_error() -> None:
     data = digits.load().train.subset(torch.arange(8))
-    model = victim.untrained(Run(device="cpu"), "x", "wrn-10-1", data, GREY).eval()
+    model = victim.untrained(Run(device="cpu"), "x", "wrn-10-1", data, digits.GREY).eval()
     images, views = data.images.float() / 255, (torch.rand(8, 1, 16, 16), torch.rand(8, 1, 16, 16))
     assert data.labels is not None
     wanted = F.one_hot(data.labels, 10).float()
