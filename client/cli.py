@@ -9,63 +9,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import TextColumn
 from rich.table import Table
 
 from client.errors import UnpoisonError, WaitTimeout
 from client.flows import Json
 from client.sessions import Client
+from client.terminal import Output, cell, out, say
 
 EXIT = {"succeeded": 0, "failed": 2, "crashed": 3, "cancelled": 4}
 EXIT_ERROR, EXIT_TIMEOUT, EXIT_VERDICT = 1, 5, 6
 JOB = ["id", "status", "method", "attempt", "cleaned_model_id", "cleansed_dataset_id", "started_at", "finished_at"]
-err = Console(stderr=True)
-
-
-@dataclass
-class Output:
-    """How to print, and where the service is."""
-
-    as_json: bool = False
-    quiet: bool = False
-    url: str | None = None
-    api_key: str | None = None
-
-    def client(self) -> Client:
-        """Return a client for the chosen service."""
-        return Client(self.url, self.api_key)
-
-    def show(self, items: list[Json] | Json, columns: list[str]) -> None:
-        """Print as a table of these columns (of everything if there are none), as JSON (`--json`), or ids only (`-q`)."""
-        rows = items if isinstance(items, list) else [items]
-        if self.as_json:
-            print(json.dumps(items))
-        elif self.quiet:
-            for row in rows:
-                print(row.get("id", row.get("name", "")))
-        elif isinstance(items, list):
-            table = Table(*columns)
-            for column in table.columns[:1]:
-                # An id that is cut cannot be pasted into the next command.
-                column.no_wrap = True
-                column.overflow = "fold"
-                column.min_width = max((len(_cell(row.get(columns[0]))) for row in rows), default=0)
-            for row in rows:
-                table.add_row(*(_cell(row.get(column)) for column in columns))
-            Console().print(table)
-        else:
-            table = Table(show_header=False)
-            for name in columns or items:
-                table.add_row(name, _cell(items.get(name)))
-            Console().print(table)
 
 
 output = Output()
@@ -123,13 +81,13 @@ def doctor() -> None:
 def _uploads(group: typer.Typer, kind: str, columns: list[str]) -> None:
     @group.command("upload", help=f"Upload one of your {kind} and wait until it was read.")
     def upload(file: File, name: Annotated[str | None, typer.Option(help="What to call it.")] = None, resize: Resize = None) -> None:
-        with output.client() as client, _transfer(f"uploading {file.name}") as told:
+        with output.client() as client, output.transfer(f"uploading {file.name}") as told:
             found = getattr(client, kind).upload(file, name=name, resize=resize, progress=told)
         output.show(found, columns)
 
     @group.command("inspect", help="Say what a file is, or why it would be refused; nothing is stored.")
     def inspect(file: File, resize: Resize = None) -> None:
-        with output.client() as client, _transfer(f"sending {file.name}") as told:
+        with output.client() as client, output.transfer(f"sending {file.name}") as told:
             found = getattr(client, kind).inspect(file, resize=resize, progress=told)
         # The tensors' names fill pages; --json has them.
         output.show(found if output.as_json else {"sha256": found["sha256"], **{k: v for k, v in found["description"].items() if k != "tensors"}}, [])
@@ -151,7 +109,7 @@ def _uploads(group: typer.Typer, kind: str, columns: list[str]) -> None:
 
     @group.command("download", help="Get the bytes back, as they were uploaded.")
     def download(item: Id, to: Annotated[Path, typer.Option("-o", "--output")]) -> None:
-        with output.client() as client, _transfer(f"downloading {to.name}") as told:
+        with output.client() as client, output.transfer(f"downloading {to.name}") as told:
             getattr(client, kind).download(item, to, progress=told)
 
 
@@ -177,14 +135,14 @@ def show_method(name: Annotated[str, typer.Argument()]) -> None:
     if output.as_json:
         print(json.dumps(method))
         return
-    Console().print(f"[bold]{method['title']}[/bold] ({method['kind']}): {method['summary']}\n{method['paper']}\nneeds: {', '.join(method['needs'])}")
+    say(f"{method['title']} ({method['kind']}): {method['summary']}\n{method['paper']}\nneeds: {', '.join(method['needs'])}", console=out)
     if method["caution"]:
-        Console().print(f"caution: {method['caution']}")
+        say(f"caution: {method['caution']}", console=out)
     table = Table("parameter", "default", "bounds", "description")
     for key, part in method["params_schema"]["properties"].items():
         if key != "method":
-            table.add_row(key, _cell(method["defaults"].get(key)), _bounds(part), part.get("description") or part.get("title", ""))
-    Console().print(table)
+            table.add_row(*map(cell, (key, method["defaults"].get(key), _bounds(part), part.get("description") or part.get("title", ""))))
+    out.print(table)
 
 
 @methods.command("propose")
@@ -220,8 +178,8 @@ def submit(
     require: Required = None,
 ) -> None:
     """Run a defense."""
-    defense = {**(json.loads(params.read_text()) if params else {}), **_pairs(param), "method": method}
-    known = {**(json.loads(attack_file.read_text()) if attack_file else {}), **_pairs(attack)}
+    defense = {**_object(params), **_pairs(param), "method": method}
+    known = {**_object(attack_file), **_pairs(attack)}
     evaluation: dict[str, Any] | None = {"dataset_id": test, "attack": known or None} if test else None
     if evaluation and triggered:
         evaluation["triggered"] = {"dataset_id": triggered, "target": target}
@@ -234,7 +192,7 @@ def submit(
         if dry_run or not (wait or require):
             output.show(job, ["object", "method", "kind", "request"] if dry_run else JOB)
             if not dry_run:
-                err.print(f"follow it: unpoison jobs watch {job['id']}")
+                say(f"follow it: unpoison jobs watch {job['id']}")
             return
         _follow(client, job["id"], None, require)
 
@@ -261,15 +219,14 @@ def watch(job: Id, timeout: Annotated[float | None, typer.Option(help="Seconds."
 
 
 @jobs.command("wait")
-def wait_for(job: Annotated[list[str], typer.Argument(metavar="ID...")], timeout: Annotated[float | None, typer.Option(help="Seconds.")] = None) -> None:
-    """Wait for jobs; the exit code is the worst one's."""
-    worst = 0
+def wait_for(
+    job: Annotated[list[str], typer.Argument(metavar="ID...")],
+    timeout: Annotated[float | None, typer.Option(help="Seconds.")] = None,
+    require: Required = None,
+) -> None:
+    """Wait for jobs; the exit code is the highest of theirs."""
     with output.client() as client:
-        for one in job:
-            found = client.jobs.wait(one, timeout=timeout)
-            output.show(found, JOB)
-            worst = max(worst, EXIT[found["status"]])
-    raise typer.Exit(worst)
+        raise typer.Exit(max(_ended(client.jobs.wait(one, timeout=timeout), require) for one in job))
 
 
 @jobs.command("logs")
@@ -277,7 +234,10 @@ def logs(job: Id, follow: Annotated[bool, typer.Option("-f", "--follow")] = Fals
     """Print a job's events."""
     with output.client() as client:
         for event in client.jobs.stream(job) if follow else client.jobs.events(job):
-            print(json.dumps(event) if output.as_json else f"{event['at']}  {event['type']:<9} {event['message']}")
+            if output.as_json:
+                print(json.dumps(event))
+            else:
+                say(f"{event['at']}  {event['type']:<9} {event['message']}", console=out)
 
 
 @jobs.command("cancel")
@@ -322,8 +282,8 @@ def get_artifact(
         found = next((item for item in client.jobs.artifacts(job) if item["kind"] == kind), None)
         if found is None:
             raise typer.BadParameter(f"job {job} has no {kind}; see `unpoison artifacts ls {job}`")
-        target = to or Path(found["filename"])
-        with _transfer(f"downloading {target.name}") as told:
+        target = to or Path(Path(found["filename"]).name)
+        with output.transfer(f"downloading {target.name}") as told:
             client.artifacts.download(found["id"], target, progress=told)
     print(target)
 
@@ -349,14 +309,14 @@ def report(job: Id) -> None:
         if any(cells):
             table.add_row(name, *cells)
     what = found["recognised"]["architecture"] if found["recognised"] else f"{found['inputs']['suspect_images']} training images"
-    Console().print(f"{found['method']} on {what}, {found['measured_on'] or 'nothing to measure on'}")
-    Console().print(table)
+    say(f"{found['method']} on {what}, {found['measured_on'] or 'nothing to measure on'}", console=out)
+    out.print(table)
     for verdict, why in _verdicts(found):
-        Console().print(f"{verdict}: {why}")
+        say(f"{verdict}: {why}", console=out)
     if found.get("cleansing"):
-        Console().print(", ".join(f"{count} {name}" for name, count in found["cleansing"]["counts"].items()))
+        say(", ".join(f"{count} {name}" for name, count in found["cleansing"]["counts"].items()), console=out)
     for one in found.get("classes_lost", ()):
-        Console().print(f"class {one['class']} fell from {_rate(one['before'])} to {_rate(one['after'])}")
+        say(f"class {one['class']} fell from {_rate(one['before'])} to {_rate(one['after'])}", console=out)
 
 
 # -- shared --------------------------------------------------------------------------------------------------------
@@ -375,9 +335,8 @@ def _verdicts(found: Json) -> list[tuple[str, str]]:
 
 
 def _follow(client: Client, job_id: str, timeout: float | None, require: list[str] | None) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=err, transient=True, disable=output.quiet) as bars:
+        with output.progress(TextColumn("{task.completed:.0f}/{task.total:.0f}")) as bars:
             bar = bars.add_task("queued", total=1)
 
             def seen(job: Json) -> None:
@@ -388,27 +347,34 @@ def _follow(client: Client, job_id: str, timeout: float | None, require: list[st
 
             job = client.jobs.wait(job_id, timeout=timeout, seen=seen)
     except KeyboardInterrupt:
-        err.print(f"detached; the job goes on. Follow it: unpoison jobs watch {job_id}   stop it: unpoison jobs cancel {job_id}")
+        say(f"detached; the job goes on. Follow it: unpoison jobs watch {job_id}   stop it: unpoison jobs cancel {job_id}")
         raise typer.Exit(EXIT_ERROR) from None
+    raise typer.Exit(_ended(job, require))
+
+
+def _ended(job: Json, require: list[str] | None) -> int:
+    """Print how a job ended and what it says; return the exit code."""
     output.show(job, JOB)
     if job["error"]:
-        err.print(f"{job['error']['code']}: {job['error']['detail']} {job['error']['advice']}")
+        say(f"{job['error']['code']}: {job['error']['detail']} {job['error']['advice']}")
     elif job["status"] == "succeeded":
         said = _verdicts(job["results"])
         for verdict, why in said:
-            err.print(f"{verdict}: {why}", markup=False)
-        err.print(f"unpoison report {job_id}   unpoison artifacts get {job_id} -o clean.safetensors")
+            say(f"{verdict}: {why}")
+        say(f"unpoison report {job['id']}   unpoison artifacts get {job['id']} -o clean.safetensors")
         if require and not any(verdict in require for verdict, _ in said):
-            raise typer.Exit(EXIT_VERDICT)
-    raise typer.Exit(EXIT[job["status"]])
+            return EXIT_VERDICT
+    return EXIT[job["status"]]
 
 
-@contextmanager
-def _transfer(title: str) -> Iterator[Callable[[int, int], None]]:
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=output.quiet) as bars:
-        bar = bars.add_task(title, total=None)
-        yield lambda done, total: bars.update(bar, completed=done, total=total)
+def _object(file: Path | None) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes()) if file else {}
+    except ValueError as error:
+        raise typer.BadParameter(f"{file} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{file} holds no JSON object of parameters")
+    return found
 
 
 def _pairs(given: list[str] | None) -> dict[str, Any]:
@@ -438,20 +404,15 @@ def _rate(found: Json | None) -> str:
     return f"{found['value']:.2%} ({found['hits']}/{found['n']})"
 
 
-def _cell(value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, (dict, list)) else "" if value is None else str(value)
-    return text if len(text) <= 300 else f"{text[:297]}…"
-
-
 def main() -> None:
     """Run the command line; API errors are one sentence and exit code 1."""
     try:
         app()
     except WaitTimeout as error:
-        err.print(str(error), markup=False)
+        say(str(error))
         sys.exit(EXIT_TIMEOUT)
     except UnpoisonError as error:
-        err.print(str(error), style="red", markup=False)
+        say(str(error), style="red")
         sys.exit(EXIT_ERROR)
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks import digits
 from client import Client, ConnectionFailed
+from client.terminal import plain
 from core.attacks.badnets import BadNets
 from tests.conftest import Case
 from tests.stack import Stack, free_port
@@ -65,6 +66,8 @@ def test_a_session(service: Stack, case: Case, tmp_path: Path) -> None:
     again = run("-q", "jobs", "retry", job)
     run("jobs", "cancel", again)
     assert run("-q", "jobs", "wait", again, code=4) == again
+    assert run("-q", "jobs", "wait", job, job, "--require", "purified").split() == [job, job]
+    run("jobs", "wait", job, "--require", "no_evidence", code=6)
     run("jobs", "rm", job)
     assert "not_found" in unpoison(service, "jobs", "show", job, key=key).stderr
 
@@ -104,6 +107,38 @@ def test_errors_are_one_sentence_and_an_exit_code(api: Stack, tmp_path: Path) ->
     lost = unpoison(api, "models", "ls", key=key, UNPOISON_URL=f"http://127.0.0.1:{free_port()}")
     assert lost.returncode == 1 and "does not answer" in lost.stderr
     assert unpoison(api, "jobs", "submit", key=key).returncode == 2
+
+
+# What a formatter would obey: an unmatched tag, a hidden link, a format. The service takes what a terminal would obey out of names.
+HOSTILE = "[/red] [link=https://evil]x[/link] {0.__class__}"
+
+
+def test_names_are_shown_and_not_obeyed(api: Stack, case: Case, tmp_path: Path) -> None:
+    key = api.make_key()
+
+    def run(*arguments: str) -> str:
+        done = unpoison(api, *arguments, key=key)
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
+    # A progress bar has the file's name as its title.
+    file = tmp_path / "{0}[red]{task.nothing}.safetensors"
+    file.write_bytes(case.model.read_bytes())
+    assert HOSTILE in run("models", "upload", str(file), "--name", HOSTILE)
+    model = run("-q", "models", "ls").strip()
+    assert HOSTILE in run("models", "ls") and HOSTILE in run("models", "show", model)
+    refused = run("models", "show", HOSTILE.replace("/", ""))
+    assert "not_found" in refused
+    # The messages of a job may quote what is in a file.
+    assert plain("\x1b[31m\x9b31m\ttab \u202egnp").plain == r"\x1b[31m\x9b31m\ttab \u202egnp"
+    assert run("models", "download", model, "-o", str(tmp_path / file.name)).strip() == ""
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "is not JSON"), ("[1]", "no JSON object")])
+def test_a_file_of_parameters_that_is_none(api: Stack, tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "params.json").write_text(text)
+    done = unpoison(api, "jobs", "submit", "--method", "mcldef", "--params", str(tmp_path / "params.json"), key=api.make_key())
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
 
 def test_doctor_names_every_floor(api: Stack) -> None:
