@@ -15,10 +15,10 @@ from core.images import as_floats
 from core.losses import model_contrastive
 from core.recovery import Stamp
 from core.run import Run
-from core.tuning import Tuning, epochs_field, rate_field, tune
+from core.tuning import Repeating, epochs_field, rate_field, tune
 
 
-class Contrast(Tuning):
+class Contrast(Repeating):
     """Parameters of the elimination; `anchor` 0, `learning_rate` 0.1 and `calibrate` false are as published on CIFAR-10."""
 
     epochs: int = epochs_field(20, "Contrastive epochs")

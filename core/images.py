@@ -68,9 +68,10 @@ class ImageSet:
         """Return `count` images drawn without replacement (all of them if there are fewer)."""
         return self.subset(torch.randperm(len(self), generator=generator)[:count])
 
-    def at_least(self, count: int) -> ImageSet:
-        """Return the set as often after itself as it takes to have `count` images; itself when it has them."""
-        return self.subset(torch.arange(len(self)).repeat(-(-count // len(self)))) if 0 < len(self) < count else self
+    def repeated(self, count: int) -> ImageSet:
+        """Return the set as often after itself as it takes to have `count` images; itself when it has four fifths of them."""
+        # A tenth is kept aside from every purification: what is left of a large enough set is not gone through twice for that.
+        return self.subset(torch.arange(len(self)).repeat(-(-count // len(self)))) if 0 < len(self) < 0.8 * count else self
 
     @classmethod
     def load(cls, folder: Path) -> ImageSet:

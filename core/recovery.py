@@ -17,14 +17,14 @@ from core.classifier import Classifier
 from core.errors import TargetNotFound, TriggerNotFound
 from core.images import ImageSet
 from core.run import Run
-from core.tuning import Tuning, tune
+from core.tuning import Repeating, tune
 
 Stamp = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 # Below this, what was found is no trigger: purifying against it would only do harm.
 LEAST_SUCCESS = 0.5
 
 
-class Recovery(Tuning):
+class Recovery(Repeating):
     """Parameters of the recovery of a trigger (MCLDef, Eqs. 1 and 2)."""
 
     target: int | None = Field(default=None, ge=0, le=100_000, title="Target class", description="The backdoor's class if known; else it is inspected.")

@@ -36,7 +36,8 @@ def epoch_images_field() -> Any:
         ge=0,
         le=1_000_000,
         title="Images an epoch",
-        description="Fewer clean images are gone through several times an epoch, until it has this many: the schedule is made for that number of steps. 0: once.",
+        description="Clean images that are fewer than four fifths of this are gone through several times an epoch, until it has as many: the schedule is made for that "
+        "number of steps. 0: once.",
     )
 
 
@@ -64,7 +65,7 @@ class Repeating(Tuning):
 
     def epoch(self, images: ImageSet) -> ImageSet:
         """Return the images as often after themselves as the schedule needs."""
-        return images.at_least(self.epoch_images)
+        return images.repeated(self.epoch_images)
 
 
 def tune(

@@ -32,7 +32,7 @@ LONG = (
     "core/test_published",
 )
 TARGET = 5
-QUICK = {"method": "mcldef", "target": TARGET, "inversion_epochs": 6, "epochs": 3, "rounds": 1}
+QUICK = {"method": "mcldef", "target": TARGET, "inversion_epochs": 6, "epochs": 3, "epoch_images": 0, "rounds": 1}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

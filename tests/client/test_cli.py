@@ -46,7 +46,7 @@ def test_a_session(service: Stack, case: Case, tmp_path: Path) -> None:
     assert "Neural Cleanse" in run("methods", "ls") and "temperature" in run("methods", "show", "mcldef")
     plan = json.loads(run("--json", "jobs", "submit", "--model", model, "--dataset", clean, "--method", "mcldef", "-p", "target=5", "--dry-run"))
     assert plan["request"]["defense"]["target"] == 5
-    few = ("-p", "target=5", "-p", "inversion_epochs=6", "-p", "epochs=3")
+    few = ("-p", "target=5", "-p", "inversion_epochs=6", "-p", "epochs=3", "-p", "epoch_images=0")
     attack = ("--test", test, "--attack", "method=badnets target=5")
     job = run("-q", "jobs", "submit", "--model", model, "--dataset", clean, "--method", "mcldef", *few, *attack, "--wait")
     assert job in run("-q", "jobs", "ls", "--status", "succeeded")

@@ -156,18 +156,18 @@ def test_parameters_are_bounded(name: str) -> None:
 ENCODER = {"architecture": "wrn-10-1", "encoder_epochs": 3, "encoder_batch": 64}
 TRAINED = {"architecture": "wrn-10-1", "recipe": "cpu", "training_epochs": 3}
 FCT = {"architecture": "wrn-10-1", "epochs": 2, "tuning_epochs": 2, "batch_size": 64}
-RECOVERED = {"target": 5, "inversion_epochs": 6, "epochs": 3}
+RECOVERED = {"target": 5, "inversion_epochs": 6, "epochs": 3, "epoch_images": 0}
 SMALL: dict[str, dict[str, Any]] = {
     "neural_cleanse": {"passes": 3, "batches_per_pass": 2},
     "mm_bd": {"starts": 2, "steps": 8},
     "combined": {"passes": 3, "starts": 2, "steps": 4},
     "mcldef": {**QUICK, "rounds": 2},
     "mcldef_plus": {**RECOVERED, "correction_epochs": 2},
-    "mcldef_true": {"attack": {"method": "badnets", "target": 5}, "epochs": 3, "settling_epochs": 2},
-    "mesa": {"target": 5, "epochs": 3, "mesa_epochs": 60},
+    "mcldef_true": {"attack": {"method": "badnets", "target": 5}, "epochs": 3, "epoch_images": 0, "settling_epochs": 2},
+    "mesa": {"target": 5, "epochs": 3, "epoch_images": 0, "mesa_epochs": 60},
     "nc_unlearning": RECOVERED,
-    "fine_tuning": {"epochs": 3},
-    "fine_pruning": {"epochs": 3},
+    "fine_tuning": {"epochs": 3, "epoch_images": 0},
+    "fine_pruning": {"epochs": 3, "epoch_images": 0},
     "nad": {"epochs": 2, "teacher_epochs": 2, "epoch_images": 0},
     "ibau": {"rounds": 4, "epoch_images": 0},
     "ft_sam": {"epochs": 4, "batch_size": 64, "epoch_images": 0},

@@ -289,7 +289,7 @@ def test_the_async_client_has_the_same_surface(service: Stack, case: Case, tmp_p
         async with AsyncClient(service.url, service.make_key()) as client:
             uploaded = [await client.models.upload(case.model), await client.datasets.upload(case.clean)]
             job = await client.jobs.create(
-                model=uploaded[0], dataset=uploaded[1], defense={"method": "mcldef", "target": 5, "inversion_epochs": 6, "epochs": 3}
+                model=uploaded[0], dataset=uploaded[1], defense={"method": "mcldef", "target": 5, "inversion_epochs": 6, "epochs": 3, "epoch_images": 0}
             )
             seen = [event["seq"] async for event in client.jobs.stream(job["id"])]
             job = await client.jobs.wait(job["id"], timeout=60)

@@ -43,7 +43,7 @@ class IBAU(Params):
 def run(run: Run, inputs: Inputs, params: IBAU) -> Outcome:
     """Find the perturbation that misleads most clean images, and train so that the best such perturbation does less."""
     assert inputs.model is not None and inputs.clean is not None
-    clean = inputs.clean.at_least(params.epoch_images)
+    clean = inputs.clean.repeated(params.epoch_images)
     all_labels = clean.labels
     assert all_labels is not None
     model = inputs.model.frozen_copy().requires_grad_(True)

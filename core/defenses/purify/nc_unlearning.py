@@ -10,10 +10,9 @@ from pydantic import Field
 from core.catalog import Inputs, Need, Outcome, defense
 from core.recovery import Recovery, Stamp, unlearn
 from core.run import Run
-from core.tuning import Repeating
 
 
-class NCUnlearning(Recovery, Repeating):
+class NCUnlearning(Recovery):
     """Parameters; the defaults are those of MCLDef's comparison."""
 
     method: Literal["nc_unlearning"]
