@@ -15,14 +15,12 @@ from core.images import as_floats
 from core.losses import model_contrastive
 from core.recovery import Stamp
 from core.run import Run
-from core.tuning import Repeating, epochs_field, rate_field, tune
+from core.tuning import Repeating, tune
 
 
 class Contrast(Repeating):
-    """Parameters of the elimination; `anchor` 0, `learning_rate` 0.1 and `calibrate` false are as published on CIFAR-10."""
+    """Parameters of the elimination; `anchor` 0 and `calibrate` false are as published on CIFAR-10."""
 
-    epochs: int = epochs_field(20, "Contrastive epochs")
-    learning_rate: float = rate_field(0.2, "Of the first epoch; a tenth until half of the epochs, then a hundredth. As published: 0.1.")
     temperature: float = Field(default=0.5, gt=0, le=10, title="Temperature", description="tau of Eqs. 3 and 4.")
     anchor: float = Field(
         default=2.0,

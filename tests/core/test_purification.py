@@ -251,6 +251,16 @@ def test_few_images_are_gone_through_until_an_epoch_is_long_enough() -> None:
     assert torch.equal(longer.labels[60:], data.labels)
 
 
+@pytest.mark.parametrize("name", catalog.defenses())
+def test_a_parameter_is_what_the_nearest_class_says(name: str) -> None:
+    # Of two bases that have a field pydantic takes the first one's, also where that is only inherited and the other's is not.
+    params = catalog.defenses()[name].params
+    for field, found in params.model_fields.items():
+        nearest = next(one for one in params.__mro__ if field in vars(one).get("__annotations__", {}))
+        declared = nearest.model_fields[field]
+        assert (found.default, found.title, found.description) == (declared.default, declared.title, declared.description), (field, nearest)
+
+
 @pytest.mark.parametrize("name", [name for name, method in catalog.defenses().items() if "epoch_images" in method.params.model_fields])
 def test_going_through_few_images_again_is_having_them_more_than_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.recovery.LEAST_SUCCESS", 0.0)

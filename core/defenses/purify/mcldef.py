@@ -19,7 +19,7 @@ GROWN = 2.5
 
 
 class MCLDef(Recovery, Contrast):
-    """Parameters. On 2,500 images of CIFAR-10 the published method has `anchor` 0, `learning_rate` 0.1, `calibrate` false, `patience` 1200, `tolerance` 0, `rounds` 1."""
+    """Parameters. On 2,500 images of CIFAR-10 the published method has `anchor` 0, `calibrate` false, `patience` 1200, `tolerance` 0, `rounds` 1."""
 
     method: Literal["mcldef"]
     rounds: int = Field(

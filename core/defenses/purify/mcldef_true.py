@@ -13,6 +13,7 @@ from core.contrast import Contrast, calibrate, eliminate
 from core.images import as_floats
 from core.poisoning import AttackParams
 from core.run import Run
+from core.tuning import rate_field
 
 if TYPE_CHECKING:
     Declared = AttackParams
@@ -24,6 +25,7 @@ class MCLDefTrue(Contrast):
     """Parameters."""
 
     method: Literal["mcldef_true"]
+    learning_rate: float = rate_field(0.2, "Of the first epoch; a tenth until half of the epochs, then a hundredth. As published: 0.1.")
     attack: Declared = Field(
         title="Attack", description='The attack whose trigger is used, as in an evaluation: `{"method": "badnets", "target": 5}`. It must need no training.'
     )
