@@ -59,7 +59,7 @@ class Tuning(Mirroring):
 
 
 class Repeating(Tuning):
-    """Parameters of those of them whose schedule does harm, or nothing, when it has only a few steps."""
+    """Parameters of those whose schedule does harm, or nothing, when it has only a few steps."""
 
     epoch_images: int = epoch_images_field()
 
