@@ -25,7 +25,7 @@ class FinePruning(Repeating):
     title="Fine-pruning",
     paper="Liu et al., Fine-Pruning, RAID 2018",
     needs=(Need.MODEL, Need.CLEAN_IMAGES, Need.CLEAN_LABELS),
-    caution="With crops (`augment`) small models with 300 clean images lost 2 to 12 points of accuracy and their backdoors; without, hardly any of either.",
+    caution="Without crops (`augment`) small models with 300 clean images kept most of their backdoors; with them they lost up to 2 points of accuracy, and once 12 % of a blend was left.",
 )
 def run(run: Run, inputs: Inputs, params: FinePruning) -> Outcome:
     """Prune the dormant inputs of the last linear layer and fine-tune what is left."""
