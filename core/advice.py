@@ -42,7 +42,7 @@ PROPOSALS = (
     ),
     Proposal(
         Kind.PURIFY, "ft_sam", frozenset({MODEL, CLEAN, LABELS}),
-        "Does not depend on one recovered trigger; slower, and costs more accuracy. It tries no trigger either: inspect its result.",
+        "Does not depend on one recovered trigger, sees warps and blends, too; slower, and needs labels. It tries no trigger either: inspect its result.",
     ),
     Proposal(Kind.PURIFY, "clp", frozenset({MODEL}), "The only one without any image, for networks with BatchNorm. It prunes outliers among channels: not for narrow networks."),
     Proposal(
