@@ -17,7 +17,7 @@ from core.errors import BadJob
 from core.images import ImageSet
 from core.poisoning import AttackParams
 from core.run import Run
-from tests.core.test_attacks import noise
+from tests.core.untrained import noise
 
 TABLES = sorted((bench.HERE / "tables").glob("*.toml"))
 FCT = {"method": "fct", "architecture": "the victim's", "epochs": 1, "tuning_epochs": 1}

@@ -26,6 +26,7 @@ from core.errors import BadRecipe
 from core.images import ImageSet
 from core.poisoning import AttackParams, Recipe
 from core.run import Run
+from tests.core.untrained import noise
 
 SHAPE = (3, 32, 32)
 FITTED = sorted(name for name, attack in catalog.attacks().items() if attack.fit is not None)
@@ -40,14 +41,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "wanet": {"count": 20, "cross_ratio": 1},
     "chessboard": {"count": 20},
 }
-
-
-def noise(count: int = 120, classes: int = 4) -> ImageSet:
-    """Extreme and random images: any pixel that a trigger can change changes in one of them."""
-    make = np.random.default_rng(3)
-    pixels = make.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    pixels[::3] = make.integers(0, 2, pixels[::3].shape) * 255
-    return ImageSet(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.arange(count) % classes, tuple("abcd"))
 
 
 def params(name: str, **more: Any) -> AttackParams:

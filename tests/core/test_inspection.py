@@ -13,7 +13,7 @@ from core.defenses.inspect.combined import combine
 from core.defenses.inspect.mm_bd import judge
 from core.margins import largest_margins, margins, p_value
 from core.run import Run
-from tests.core.test_purification import model
+from tests.core.untrained import model
 
 
 def test_margins_equal_the_slow_form() -> None:

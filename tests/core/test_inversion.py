@@ -8,20 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from core import inversion
-from core.architectures.recognise import Architecture
-from core.classifier import Classifier, Preprocessing
+from core.classifier import Classifier
 from core.images import ImageSet
 from core.run import Run
-
-
-def tiny(classes: int = 3, size: int = 8) -> Classifier:
-    torch.manual_seed(0)
-    architecture = Architecture("wide_resnet", "wrn-10-1", {"depth": 10, "width": 1, "classes": classes, "channels": 3}, classes, 3, size)
-    return Classifier(architecture.build(), architecture, Preprocessing((0.5,) * 3, (0.25,) * 3)).eval()
-
-
-def some_images(count: int = 8, size: int = 8) -> ImageSet:
-    return ImageSet(torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8))
+from tests.core.untrained import some_images, tiny
 
 
 def test_stamp_keeps_replaces_and_passes_gradients() -> None:

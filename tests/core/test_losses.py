@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from core import losses
-from core.losses import model_contrastive
+from core.losses import info_nce, model_contrastive
 
 
 def slow(student: torch.Tensor, clean: torch.Tensor, poisoned: torch.Tensor, temperature: float) -> float:
@@ -138,3 +138,23 @@ def test_the_other_losses_of_safe_training() -> None:
     chances = torch.tensor([[0.9, 0.1]]).log()
     found = losses.symmetric_cross_entropy(chances, torch.tensor([0]))
     assert float(found) == pytest.approx(-0.1 * math.log(0.9) - (0.1 * math.log(1e-4)), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_info_nce_equals_the_slow_form(count: int, temperature: float) -> None:
+    a, b = (torch.randn(count, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+
+    def one_way(a: torch.Tensor, b: torch.Tensor) -> float:
+        total = 0.0
+        for i in range(count):
+
+            def sim(x: torch.Tensor, i: int = i) -> float:
+                return math.exp(float(a[i].double() @ x.double() / (a[i].double().norm() * x.double().norm())) / temperature)
+
+            total -= math.log(sim(b[i]) / (sum(sim(a[k]) for k in range(count) if k != i) + sum(sim(b[k]) for k in range(count))))
+        return total / count
+
+    assert float(info_nce(a, b, temperature=temperature)) == pytest.approx(one_way(a, b), rel=1e-4, abs=1e-6)
+    both = (one_way(a, b) + one_way(b, a)) / 2
+    assert float(info_nce(a, b, temperature=temperature, symmetric=True)) == pytest.approx(both, rel=1e-4, abs=1e-6)
