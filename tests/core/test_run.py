@@ -269,7 +269,7 @@ def test_evaluate_measures_with_the_attack_or_with_triggered_images(case: Case, 
     folder = lay_out(tmp_path / "job", case, "evaluate")
     spec = json.loads((folder / "job.json").read_text()) | {"clean": None}
     (folder / "job.json").write_text(json.dumps(spec))
-    code, events = child(folder)
+    code, events = engine(folder)
     assert code == 0, events[-1]
     declared = events[-1]["data"]
     assert declared["before"]["asr"]["value"] > 0.9 and declared["after"] is None and declared["kind"] == "evaluate"
@@ -281,13 +281,13 @@ def test_evaluate_measures_with_the_attack_or_with_triggered_images(case: Case, 
     for target, asr in ((5, declared["before"]["asr"]), (None, None)):
         spec["evaluation"] = {"test": "inputs/test", "triggered": "inputs/triggered", "target": target}
         (folder / "job.json").write_text(json.dumps(spec))
-        code, events = child(folder)
+        code, events = engine(folder)
         assert code == 0, events[-1]
         found = events[-1]["data"]["before"]
         assert found["asr"] == asr if asr else (found["asr"]["n"] == len(test) and found["asr"]["value"] < 0.5)
     spec["evaluation"]["target"] = 10
     (folder / "job.json").write_text(json.dumps(spec))
-    code, events = child(folder)
+    code, events = engine(folder)
     assert code == 3 and "not one of the model's 10 classes" in events[-1]["message"]
 
 
