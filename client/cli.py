@@ -328,7 +328,8 @@ def _verdicts(found: Json) -> list[tuple[str, str]]:
     if found.get("verdict"):
         said.append((found["verdict"]["verdict"], f"{'; '.join(found['verdict']['reasons'])}. {found['verdict']['advice']}".rstrip()))
     if found.get("cleansing"):
-        said.append((found["cleansing"]["verdict"], found["cleansing"]["evidence"]))
+        # Reports of services before this one have no `missed`.
+        said.append((found["cleansing"]["verdict"], ". ".join(filter(None, (found["cleansing"]["evidence"], found["cleansing"].get("missed"))))))
     elif "verdict" in found["findings"]:
         said.append((found["findings"]["verdict"], found["findings"]["reason"]))
     return said

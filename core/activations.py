@@ -12,10 +12,12 @@ from core.catalog import Inputs
 from core.classifier import Classifier
 from core.images import ImageSet, as_floats
 from core.run import Run
-from core.split import Cleansing, Verdict, acquitted, stands_out
+from core.split import Cleansing, Split, Verdict, acquitted, of_flags, stands_out
 
 # Two clusters of a class that is one are less apart than this (silhouette): 0.26 at most in nine sets of CIFAR-10, 0.5 and more where all classes have guests.
 APART = 0.4
+# A method that flags less of the poison than this has missed some of it.
+COVERED = 0.9
 
 
 class Observing(Cleansing, victim.Training):
@@ -82,6 +84,14 @@ def inverse(covariance: np.ndarray) -> np.ndarray:
     return np.linalg.inv(covariance + 1e-6 * max(float(np.trace(covariance)), 1e-12) / len(covariance) * np.eye(len(covariance)))
 
 
+def variations(features: torch.Tensor, labels: torch.Tensor, classes: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Return the features (N, d) and labels (N,) as arrays, and for each class the metric (d, d) of how images vary within the other classes."""
+    points, which = features.cpu().double().numpy(), labels.cpu().numpy()
+    covariances = [np.cov(points[which == label].T).reshape(points.shape[1], points.shape[1]) for label in range(classes)]
+    total = np.sum(covariances, axis=0)
+    return points, which, [inverse((total - own) / (classes - 1)) for own in covariances]
+
+
 def two_groups(features: torch.Tensor, labels: torch.Tensor, classes: int) -> list[float]:
     """Return how well each class is explained as two groups instead of one, by how images vary within the other classes.
 
@@ -90,10 +100,48 @@ def two_groups(features: torch.Tensor, labels: torch.Tensor, classes: int) -> li
     Args:
         features: (N, d). labels: (N,).
     """
-    points, which = features.cpu().double().numpy(), labels.cpu().numpy()
-    covariances = [np.cov(points[which == label].T).reshape(points.shape[1], points.shape[1]) for label in range(classes)]
-    total = np.sum(covariances, axis=0)
-    return [untangle(points[which == label], inverse((total - covariances[label]) / (classes - 1)))[1] for label in range(classes)]
+    points, which, metrics = variations(features, labels, classes)
+    return [untangle(points[which == label], metrics[label])[1] for label in range(classes)]
+
+
+def flagged_by(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    scores: torch.Tensor,
+    flagged: torch.Tensor,
+    reason: str,
+    *,
+    verdict: Verdict,
+    evidence: str,
+    target: int | None,
+) -> Split:
+    """Return the split of a method that flags images (`of_flags`), with what it seems to have missed of the class that the poison leads to.
+
+    Args:
+        features: (N, d), the model's. labels, scores, flagged: (N,).
+    """
+    missed = overlooked(features, labels, classes, target, flagged) if verdict == "poisoned" and target is not None else ""
+    return of_flags(labels, scores, flagged, reason, verdict=verdict, evidence=evidence, target=target, missed=missed)
+
+
+def overlooked(features: torch.Tensor, labels: torch.Tensor, classes: int, target: int, flagged: torch.Tensor) -> str:
+    """Say how much of the poison is left at least, if most of either of the two groups that the target class falls into was flagged: empty.
+
+    Args:
+        features: (N, d), the model's. labels: (N,). flagged: (N,) bool.
+    """
+    points, which, metrics = variations(features, labels, classes)
+    own = points[which == target]
+    groups = untangle(own, metrics[target])[0](own) > 0
+    dropped = flagged.cpu().numpy()[which == target]
+    sizes, shares = zip(*((len(part), float(part.mean()) if len(part) else 0.0) for part in (dropped[groups], dropped[~groups])), strict=True)
+    if max(shares) >= COVERED:
+        return ""
+    return (
+        f"to the model class {target} is two groups of {sizes[0]} and {sizes[1]} images, of which {shares[0]:.0%} and {shares[1]:.0%} are flagged: "
+        f"whichever is the poison, {1 - max(shares):.0%} of it or more is still in the set; try another method, scan where there are a few clean images"
+    )
 
 
 def clusters(features: np.ndarray, dimensions: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:

@@ -311,6 +311,8 @@ def _cleansing(run: Run, outcome: Outcome, inputs: Inputs, params: catalog.Param
     split.write_manifest(run, settled, inputs.suspect)
     found = split.summary(settled, given, inputs.suspect.classes)
     run.log(f"{found['verdict']}: {found['evidence']}", counts=found["counts"])
+    if found["missed"]:
+        run.warn(found["missed"])
     return found
 
 

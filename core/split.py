@@ -44,6 +44,7 @@ class Split:
         clean, suspect: (N,) bool, what a training may rely on as clean and as poisoned; the rest is undecided.
         reasons: sentences; `why` (N,) int64 says which one explains an image that was dropped or relabelled.
         verdict, evidence, target: of the whole set, with the sentence that explains it and the class the poison leads to, if it is one.
+        missed: a sentence on poison that is probably still in the set, empty where nothing speaks for that.
     """
 
     labels: torch.Tensor
@@ -56,6 +57,7 @@ class Split:
     verdict: Verdict
     evidence: str
     target: int | None = None
+    missed: str = ""
 
     def settled(self, given: torch.Tensor, params: Cleansing) -> Split:
         """Return the split as the verdict leaves it: a set without evidence keeps its images and labels."""
@@ -93,12 +95,13 @@ def of_flags(
     verdict: Verdict,
     evidence: str,
     target: int | None = None,
+    missed: str = "",
     clean: torch.Tensor | None = None,
 ) -> Split:
     """Return the split of a method that flags images and relabels none: flagged ones are dropped; what is not flagged is clean unless `clean` says."""
     return Split(
         labels=given, kept=~flagged, scores=scores.float(), clean=~flagged if clean is None else clean, suspect=flagged,
-        why=torch.zeros_like(given), reasons=(reason,), verdict=verdict, evidence=evidence, target=target,
+        why=torch.zeros_like(given), reasons=(reason,), verdict=verdict, evidence=evidence, target=target, missed=missed,
     )  # fmt: skip
 
 
@@ -151,6 +154,7 @@ def summary(split: Split, given: torch.Tensor, classes: int) -> dict[str, Any]:
         "verdict": split.verdict,
         "evidence": split.evidence,
         "target": split.target,
+        "missed": split.missed,
         "images": len(given),
         "counts": {name: int(part.sum()) for name, part in groups.items()},
         "flagged": int(split.suspect.sum()),

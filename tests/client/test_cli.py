@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks import digits
 from client import Client, ConnectionFailed
+from client.cli import _verdicts
 from client.terminal import plain
 from core.attacks.badnets import BadNets
 from tests.conftest import Case
@@ -111,6 +112,14 @@ def test_errors_are_one_sentence_and_an_exit_code(api: Stack, tmp_path: Path) ->
 
 # What a formatter would obey: an unmatched tag, a hidden link, a format. The service takes what a terminal would obey out of names.
 HOSTILE = "[/red] [link=https://evil]x[/link] {0.__class__}"
+
+
+def test_a_verdict_comes_with_what_may_be_left() -> None:
+    cleansing = {"verdict": "poisoned", "evidence": "class 5 stands out", "missed": "half of it is still in the set"}
+    found = {"verdict": None, "cleansing": cleansing, "findings": {}}
+    assert _verdicts(found) == [("poisoned", "class 5 stands out. half of it is still in the set")]
+    del cleansing["missed"]
+    assert _verdicts(found) == [("poisoned", "class 5 stands out")]
 
 
 def test_names_are_shown_and_not_obeyed(api: Stack, case: Case, tmp_path: Path) -> None:

@@ -109,6 +109,19 @@ def test_a_contaminated_class_stands_out_without_clean_images() -> None:
     assert activations.observed(knowing(features, labels), features, labels, 5, 0)[0] != "poisoned"
 
 
+def test_what_a_method_leaves_of_the_poison_is_said() -> None:
+    features, labels, bad = contaminated()
+    assert activations.overlooked(features, labels, 6, 2, bad) == ""
+    some = bad & (torch.arange(len(bad)) % 3 > 0)
+    assert "whichever is the poison, 33% of it" in activations.overlooked(features, labels, 6, 2, some)
+    # Flags that follow neither group.
+    said = activations.overlooked(features, labels, 6, 2, torch.arange(len(bad)) % 10 == 0)
+    assert "class 2" in said and ("of 60 and 340 images" in said or "of 340 and 60 images" in said) and "90% of it" in said
+    for verdict, target, missed in (("poisoned", 2, True), ("poisoned", None, False), ("inconclusive", 2, False)):
+        split = activations.flagged_by(features, labels, 6, torch.zeros(len(bad)), some, "why", verdict=verdict, evidence="", target=target)
+        assert bool(split.missed) == missed and torch.equal(split.suspect, some)
+
+
 def test_guests_in_every_class_keep_a_set_from_being_acquitted() -> None:
     features, labels, _ = contaminated()
     one = labels != 2

@@ -126,4 +126,5 @@ def test_a_class_that_is_merely_more_sensitive_than_others_is_not_called_poisone
     split = catalog.cleansers()["fct"].run(Run(device="cpu"), Inputs(suspect=data, preprocessing=digits.GREY), params).split
     assert split is not None and int(split.suspect.sum()) == 20
     assert (split.verdict, split.target) == (verdict, 3)
+    assert bool(split.missed) == (verdict == "poisoned")
     assert ("only 45% of the sensitive images carry one label" in split.evidence) == (verdict == "inconclusive")

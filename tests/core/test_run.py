@@ -251,6 +251,7 @@ def test_every_defense_runs_resumes_and_stops(name: str, case: Case, tmp_path: P
     assert report["cleansing"] is not None or kind is not Kind.CLEANSE
     page = (tmp_path / "whole" / "out" / "report.html").read_text()
     assert ("What then led to the class" in page) == (name == "mcldef")
+    assert ("What may be left" in page) == bool(report["cleansing"] and report["cleansing"]["missed"])
     assert name in page and (report["inputs"]["model_sha256"] or "500 untrusted training images") in page and "<script" not in page and "http" not in page
 
     staged = sum(event["type"] == "checkpoint" for event in events) > 3
@@ -346,6 +347,20 @@ def test_the_page_escapes_what_users_wrote(case: Case, tmp_path: Path) -> None:
     assert "&lt;img src=x onerror=alert(1)&gt;" in page and "<img src=x" not in page
     # The features of the test images before and after, as pictures without a script.
     assert page.count("<circle") >= 200 and page.count("<svg") >= 2
+
+
+def test_the_report_says_what_a_cleanser_leaves_in(case: Case, tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "job", case, "spectral_signatures")
+    digits.poisoned(case.data.train, BadNets(method="badnets", target=5)).save(folder / "inputs" / "suspect")
+    spec = json.loads((folder / "job.json").read_text())
+    spec["defense"] |= {"training_epochs": 8, "rate": 0.05}
+    (folder / "job.json").write_text(json.dumps(spec))
+    code, events = engine(folder)
+    assert code == 0, events[-1]
+    cleansing = events[-1]["data"]["cleansing"]
+    assert (cleansing["verdict"], cleansing["target"]) == ("poisoned", 5) and "is still in the set" in cleansing["missed"]
+    assert cleansing["missed"] in [event["message"] for event in events if event["type"] == "warning"]
+    assert f"What may be left:</strong> {cleansing['missed']}" in (folder / "out" / "report.html").read_text()
 
 
 def test_an_encoder_is_purified_without_its_labels_and_measured_by_a_probe(case: Case, tmp_path: Path) -> None:

@@ -7,10 +7,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from core.activations import APART, Observing, clusters, collect, observed, observer
+from core.activations import APART, Observing, clusters, collect, flagged_by, observed, observer
 from core.catalog import Inputs, Need, Outcome, defense
 from core.run import Run
-from core.split import of_flags
 
 REASON = "it lies in the smaller of its class's two clusters"
 
@@ -59,5 +58,5 @@ def run(run: Run, inputs: Inputs, params: ActivationClustering) -> Outcome:
         flagged &= labels == target
         if shares[target] >= params.size:
             evidence += f"; its clusters are {shares[target]:.0%} and {1 - shares[target]:.0%} of it"
-    split = of_flags(labels, scores, flagged, REASON, verdict=verdict, evidence=evidence, target=target)
+    split = flagged_by(features, labels, suspect.classes, scores, flagged, REASON, verdict=verdict, evidence=evidence, target=target)
     return Outcome(split=split, embedding=features, findings={"silhouettes": apart, "smaller_cluster": shares})

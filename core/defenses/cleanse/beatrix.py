@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from core.activations import Observing, collect, observed, observer
+from core.activations import Observing, collect, flagged_by, observed, observer
 from core.catalog import Inputs, Need, Outcome, defense
 from core.inversion import anomaly_index
 from core.run import Run
-from core.split import Verdict, of_flags
+from core.split import Verdict
 
 REASON = "its channels correlate otherwise than in clean images of its class"
 # Median and deviation of fewer images say nothing; more than this many need not be compared.
@@ -72,7 +72,7 @@ def run(run: Run, inputs: Inputs, params: Beatrix) -> Outcome:
         # Poison of which no image deviates, or that leads to every class, infects none: no reason to acquit the set.
         verdict, more, target = observed(model, features, labels, suspect.classes, run.seed)
         flagged, evidence = deviant, f"{evidence}; {more}"
-    split = of_flags(labels, scores, flagged, REASON, verdict=verdict, evidence=evidence, target=target)
+    split = flagged_by(features, labels, suspect.classes, scores, flagged, REASON, verdict=verdict, evidence=evidence, target=target)
     return Outcome(split=split, embedding=features, findings={"threshold": threshold, "distances": distances, "anomaly_indices": indices.tolist()})
 
 

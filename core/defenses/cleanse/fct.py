@@ -101,7 +101,10 @@ def run(run: Run, inputs: Inputs, params: FCT) -> Outcome:
     elif verdict == "no_evidence" and still(scores) > 0.5:
         # What is left to move is chance.
         verdict, evidence = "inconclusive", f"{still(scores):.0%} of the images do not move at all: the features have collapsed; {evidence}"
-    split = of_flags(labels, scores, poisoned, REASON, verdict=verdict, evidence=evidence, target=target, clean=clean)
+    missed = f"the poisoned part is the most sensitive {params.poisoned_share:.0%} of the set, however many are poisoned; d_br and d_st train on its parts"
+    split = of_flags(
+        labels, scores, poisoned, REASON, verdict=verdict, evidence=evidence, target=target, missed=missed if verdict == "poisoned" else "", clean=clean
+    )
     findings = {
         "rewound": rewound,
         "train_loss": history,

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from core.activations import Observing, collect, inverse, observer, untangle
+from core.activations import Observing, collect, flagged_by, inverse, observer, untangle
 from core.catalog import Inputs, Need, Outcome, defense
 from core.inversion import anomaly_index
 from core.run import Run
-from core.split import Verdict, acquitted, of_flags
+from core.split import Verdict, acquitted
 
 REASON = "it belongs to the group of its class that has fewer of the clean images"
 
@@ -73,8 +73,8 @@ def run(run: Run, inputs: Inputs, params: SCAn) -> Outcome:
     with torch.no_grad():
         verdict, evidence = acquitted(verdict, evidence, model.head(features).argmax(1).cpu() == suspect.labels.cpu(), "model")
     target = contaminated[0] if len(contaminated) == 1 else None
-    split = of_flags(
-        suspect.labels, torch.from_numpy(scores), torch.from_numpy(flagged), REASON, verdict=verdict, evidence=evidence, target=target,
+    split = flagged_by(
+        features, suspect.labels, suspect.classes, torch.from_numpy(scores), torch.from_numpy(flagged), REASON, verdict=verdict, evidence=evidence, target=target,
     )  # fmt: skip
     return Outcome(
         split=split,

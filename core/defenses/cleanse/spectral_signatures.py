@@ -7,10 +7,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from core.activations import Observing, collect, observed, observer
+from core.activations import Observing, collect, flagged_by, observed, observer
 from core.catalog import Inputs, Need, Outcome, defense
 from core.run import Run
-from core.split import of_flags
 
 REASON = "it lies far out in the direction in which its class spreads most"
 
@@ -43,7 +42,7 @@ def run(run: Run, inputs: Inputs, params: SpectralSignatures) -> Outcome:
     flagged = torch.zeros_like(labels, dtype=torch.bool)
     for label in range(suspect.classes) if target is None else (target,):
         flagged |= highest(scores, labels == label, params.rate)
-    split = of_flags(labels, scores, flagged, REASON, verdict=verdict, evidence=evidence, target=target)
+    split = flagged_by(features, labels, suspect.classes, scores, flagged, REASON, verdict=verdict, evidence=evidence, target=target)
     return Outcome(split=split, embedding=features, findings={"top_direction": spread})
 
 

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from core.activations import Observing, collect, observed, observer
+from core.activations import Observing, collect, flagged_by, observed, observer
 from core.catalog import Inputs, Need, Outcome, defense
 from core.defenses.cleanse.spectral_signatures import highest
 from core.run import Run
-from core.split import of_flags
 
 REASON = "it lies far out once its class is whitened robustly"
 
@@ -48,7 +47,7 @@ def run(run: Run, inputs: Inputs, params: Spectre) -> Outcome:
     # The published rule takes the largest value, whether it stands out or not.
     likely = params.target if params.target is not None else stands
     flagged = highest(scores, labels == (likely if likely is not None else int(np.argmax(values))), params.rate)
-    split = of_flags(labels, scores, flagged, REASON, verdict=verdict, evidence=evidence, target=likely)
+    split = flagged_by(features, labels, suspect.classes, scores, flagged, REASON, verdict=verdict, evidence=evidence, target=likely)
     return Outcome(split=split, embedding=features, findings={"values": values, "dimensions": used})
 
 

@@ -7,12 +7,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from core.activations import Observing, collect, observed, observer
+from core.activations import Observing, collect, flagged_by, observed, observer
 from core.catalog import Inputs, Need, Outcome, defense
 from core.classifier import Classifier
 from core.images import ImageSet, as_floats
 from core.run import Run
-from core.split import of_flags
 from core.training import mixed_precision
 
 REASON = "the classifier stays sure of it whatever is blended over it"
@@ -47,7 +46,7 @@ def run(run: Run, inputs: Inputs, params: Strip) -> Outcome:
     labels = suspect.labels.to(found.device)
     features = collect(run, model.features, suspect)
     verdict, evidence, target = observed(model, features, labels, suspect.classes, run.seed)
-    split = of_flags(labels, -found, flagged, REASON, verdict=verdict, evidence=evidence, target=target)
+    split = flagged_by(features, labels, suspect.classes, -found, flagged, REASON, verdict=verdict, evidence=evidence, target=target)
     return Outcome(split=split, embedding=features, findings={"threshold": threshold})
 
 
