@@ -283,7 +283,7 @@ def judged(split: Split, bad: torch.Tensor, given: torch.Tensor, params: catalog
     poison_left = left.kept & ~left.relabelled(given) & bad
     return {
         **rates,
-        "verdict": split.verdict, "evidence": split.evidence, "target": split.target,
+        "verdict": split.verdict, "evidence": split.evidence, "target": split.target, "missed": split.missed,
         "clean_flagged": evaluation.rate(int((split.suspect & ~bad).sum()), int((~bad).sum())),
         "poison_left": evaluation.rate(int(poison_left.sum()), int(bad.sum())),
         "clean_lost": evaluation.rate(int((~left.kept & ~bad).sum()), int((~bad).sum())),

@@ -84,12 +84,16 @@ def inverse(covariance: np.ndarray) -> np.ndarray:
     return np.linalg.inv(covariance + 1e-6 * max(float(np.trace(covariance)), 1e-12) / len(covariance) * np.eye(len(covariance)))
 
 
-def variations(features: torch.Tensor, labels: torch.Tensor, classes: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Return the features (N, d) and labels (N,) as arrays, and for each class the metric (d, d) of how images vary within the other classes."""
+def elsewhere(features: torch.Tensor, labels: torch.Tensor, classes: int) -> tuple[np.ndarray, np.ndarray, Callable[[int], np.ndarray]]:
+    """Return the features (N, d) and labels (N,) as arrays, and what gives for a class the metric (d, d) of how images vary within the other classes."""
     points, which = features.cpu().double().numpy(), labels.cpu().numpy()
-    covariances = [np.cov(points[which == label].T).reshape(points.shape[1], points.shape[1]) for label in range(classes)]
-    total = np.sum(covariances, axis=0)
-    return points, which, [inverse((total - own) / (classes - 1)) for own in covariances]
+
+    def own(label: int) -> np.ndarray:
+        return np.cov(points[which == label].T).reshape(points.shape[1], points.shape[1])
+
+    # Of a thousand classes the covariances would be larger than the set: each is computed twice instead.
+    total = sum((own(label) for label in range(1, classes)), own(0))
+    return points, which, lambda label: inverse((total - own(label)) / (classes - 1))
 
 
 def two_groups(features: torch.Tensor, labels: torch.Tensor, classes: int) -> list[float]:
@@ -100,8 +104,8 @@ def two_groups(features: torch.Tensor, labels: torch.Tensor, classes: int) -> li
     Args:
         features: (N, d). labels: (N,).
     """
-    points, which, metrics = variations(features, labels, classes)
-    return [untangle(points[which == label], metrics[label])[1] for label in range(classes)]
+    points, which, metric = elsewhere(features, labels, classes)
+    return [untangle(points[which == label], metric(label))[1] for label in range(classes)]
 
 
 def flagged_by(
@@ -131,9 +135,9 @@ def overlooked(features: torch.Tensor, labels: torch.Tensor, classes: int, targe
     Args:
         features: (N, d), the model's. labels: (N,). flagged: (N,) bool.
     """
-    points, which, metrics = variations(features, labels, classes)
+    points, which, metric = elsewhere(features, labels, classes)
     own = points[which == target]
-    groups = untangle(own, metrics[target])[0](own) > 0
+    groups = untangle(own, metric(target))[0](own) > 0
     dropped = flagged.cpu().numpy()[which == target]
     sizes, shares = zip(*((len(part), float(part.mean()) if len(part) else 0.0) for part in (dropped[groups], dropped[~groups])), strict=True)
     if max(shares) >= COVERED:
