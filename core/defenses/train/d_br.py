@@ -80,10 +80,10 @@ def run(run: Run, inputs: Inputs, params: DBR) -> Outcome:
     for number in run.stage("unlearn and relearn", total=params.rounds, model=model, optimizer=optimizer, generator=generator, history=history):
         model.train(params.bn == "train")
         for name, loss, part in (("unlearning", training.supervised(away), divided.poisoned), ("relearning", descent, divided.clean)):
-            # The ascent is unbounded: full precision, and `one_epoch` stops at the first value that is not finite.
+            # The ascent is unbounded: full precision there, and `one_epoch` stops at the first value that is not finite.
             mean = training.one_epoch(
                 run, name, data=part, loss=loss, network=model, optimizer=optimizer, schedule=training.steps((0, params.learning_rate)), epoch=number,
-                batch_size=min(params.batch_size, len(part)), generator=generator, augment=view, mixed=False,
+                batch_size=min(params.batch_size, len(part)), generator=generator, augment=view, mixed=name == "relearning",
             )  # fmt: skip
             history[name].append(mean)
             run.metric(f"{name} loss", mean, epoch=number + 1)
