@@ -128,3 +128,23 @@ def test_a_class_that_is_merely_more_sensitive_than_others_is_not_called_poisone
     assert (split.verdict, split.target) == (verdict, 3)
     assert bool(split.missed) == (verdict == "poisoned")
     assert ("only 45% of the sensitive images carry one label" in split.evidence) == (verdict == "inconclusive")
+
+
+@pytest.mark.parametrize(
+    ("said", "target", "words"),
+    [
+        (("no_evidence", "one group a class"), None, ""),
+        (("inconclusive", "confirms only 40%"), None, ""),
+        (("poisoned", "two groups"), 3, "is still in the set"),
+    ],
+)
+def test_where_nothing_is_sensitive_the_activations_decide(monkeypatch: pytest.MonkeyPatch, said: tuple[str, str], target: int | None, words: str) -> None:
+    monkeypatch.setattr("core.defenses.cleanse.fct.sensitivity", lambda *_: 1 + torch.arange(400) / 1000)
+    monkeypatch.setattr("core.defenses.cleanse.fct.observed", lambda *_: (*said, target))
+    data = ImageSet(digits.load().train.images[:400], torch.arange(400) % 10)
+    params = fct(architecture="wrn-10-1", epochs=1, tuning_epochs=0)
+    split = catalog.cleansers()["fct"].run(Run(device="cpu"), Inputs(suspect=data, preprocessing=digits.GREY), params).split
+    assert split is not None and (split.verdict, split.target) == (said[0], target)
+    assert (
+        "the share of sensitive images" in split.evidence and split.evidence.endswith(said[1]) and words in split.missed and bool(split.missed) == bool(words)
+    )
