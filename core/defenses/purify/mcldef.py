@@ -36,7 +36,7 @@ class MCLDef(Recovery, Contrast):
     title="MCLDef",
     paper="Model-contrastive learning for backdoor elimination (MCLDef), Eqs. 1 to 4",
     needs=(Need.MODEL, Need.CLEAN_IMAGES),
-    caution="On small models with 300 clean images it left 17 % of a smooth warp, which no mask expresses, and 27 % of one Trojan pattern of three.",
+    caution="On small models with 300 clean images it left 8 to 22 % of smooth warps, which no mask expresses, and 27 % of one Trojan pattern of three.",
 )
 def run(run: Run, inputs: Inputs, params: MCLDef) -> Outcome:
     """Purify a model with a recovered trigger and model-contrastive learning; no labels, no cross-entropy."""
