@@ -130,7 +130,9 @@ def flagged_by(
 
 
 def overlooked(features: torch.Tensor, labels: torch.Tensor, classes: int, target: int, flagged: torch.Tensor) -> str:
-    """Say how much of the poison is left at least, if most of either of the two groups that the target class falls into was flagged: empty.
+    """Return a sentence on how much of the poison stays in the set at least; empty where nearly all of one of the target class's two groups is flagged.
+
+    Which of the groups is the poison is not known here, so it is taken for the one that was flagged more.
 
     Args:
         features: (N, d), the model's. labels: (N,). flagged: (N,) bool.

@@ -109,7 +109,7 @@ def run(run: Run, inputs: Inputs, params: FCT) -> Outcome:
         features = collect(run, before.features, suspect)
         verdict, more, target = observed(before, features, labels, suspect.classes, run.seed)
         evidence = f"{evidence}; {more}"
-        if target is not None:
+        if verdict == "poisoned" and target is not None:
             missed = overlooked(features, labels, suspect.classes, target, poisoned)
     split = of_flags(
         labels, scores, poisoned, REASON, verdict=verdict, evidence=evidence, target=target, missed=missed if verdict == "poisoned" else "", clean=clean
