@@ -118,7 +118,7 @@ def main() -> int:
         dataset=table["dataset"], preprocessing=table["preprocessing"], clean_fraction=table.get("clean_fraction", 0.05), device=device,
         **table[options.budget] | ({"epochs": options.epochs} if options.epochs else {}),
     )  # fmt: skip
-    cells = list(planned(table, setting, options.seeds))
+    cells = list(planned(table, setting, options.seeds, options.budget))
     restore(results(options.table, options.budget))
     try:
         if not options.draw:
@@ -136,8 +136,11 @@ def main() -> int:
     return 1 if missing else 0
 
 
-def planned(table: dict[str, Any], setting: Setting, seeds: int) -> Iterator[Cell]:
-    """Yield the cells of a table; attacks that need a surrogate come last, when it has been trained."""
+def planned(table: dict[str, Any], setting: Setting, seeds: int, budget: str = "cpu") -> Iterator[Cell]:
+    """Yield the cells of a table; attacks that need a surrogate come last, when it has been trained.
+
+    A column's `cpu` or `full` are what that budget changes in its defense, a row's `defense` what the row changes in it.
+    """
     # A table of splits is about training sets; its victims say nothing there.
     columns = [*([{"name": PLAIN}] if table.get("of") != "splits" else []), *table.get("columns", [])]
 
@@ -152,7 +155,8 @@ def planned(table: dict[str, Any], setting: Setting, seeds: int) -> Iterator[Cel
                     continue
                 # A row may ask for a longer training than its table's; its name says so.
                 own = replace(setting, epochs=row["epochs"]) if "epochs" in row and setting.epochs is None else setting
-                defense = {**column["defense"], **row.get("defense", {}).get(column["name"], {})} if "defense" in column else None
+                changed = {**column.get(budget, {}), **row.get("defense", {}).get(column["name"], {})}
+                defense = {**column["defense"], **changed} if "defense" in column else None
                 yield Cell(own, row["name"], row.get("attack"), column["name"], defense, seed)
 
 
@@ -388,7 +392,7 @@ def write(name: str, budget: str, table: dict[str, Any], setting: Setting, cells
         f"Percent, mean ± standard deviation over n seeds; without trigger: how often the same images are taken for the target without it; worst class: the change, in points, of the class that lost most; seconds of the defense, or of making the victim. {rendering.machines(one['machine'] for one in found)}",
         "",
     ]
-    lines += [*(f"- {note}" for note in table.get("notes", [])), ""]
+    lines += [*(f"- {note}" for note in (*table.get("notes", []), *table.get(f"notes_{budget}", []))), ""]
     if name == "attacks" and found:
         drawn = [cell for cell in cells if cell.path.exists() and cell.attack is not None and cell.seed == 0]
         # A picture of some attacks only must not take the place of one of all.

@@ -40,9 +40,10 @@ def test_tables_speak_of_what_exists(path: Path) -> None:
     for row in table["rows"]:
         if "attack" in row:
             catalog.validate(catalog.attacks(), row["attack"])
-    for column in table.get("columns", []):
-        catalog.validate(catalog.defenses(), bench.filled(column["defense"], {"method": "badnets", "target": 0}, "wrn-16-1"))
     for budget in ("full", "cpu"):
+        for column in table.get("columns", []):
+            defense = {**column["defense"], **column.get(budget, {})}
+            catalog.validate(catalog.defenses(), bench.filled(defense, {"method": "badnets", "target": 0}, "wrn-16-1"))
         assert table[budget]["recipe"] in victim.RECIPES
     assert len({row["name"] for row in table["rows"]}) == len(table["rows"])
     assert all(str(row["epochs"]) in row["name"] for row in table["rows"] if "epochs" in row)

@@ -93,7 +93,7 @@ def test_a_blend_is_unlearnt_under_the_statistics_it_is_deployed_with() -> None:
     made = poisoning.plan(Run(device="cpu"), Blend(method="blend", target=5, alpha=0.3), data.train)
     triggered = poisoning.triggered(data.test, made.trigger, 10)
     trained: dict[str, Any] = {"architecture": "wrn-10-1", "recipe": "cpu", "training_epochs": 15}
-    given = {"method": "d_br", **trained, "split": {"method": "scan", **trained}, "bn": "frozen", "unlearning": "unlikelihood"}
+    given = {"method": "d_br", **trained, "split": {"method": "scan", **trained}}
     params = catalog.validate({"d_br": catalog.defenses()["d_br"]}, given)
     assert isinstance(params, DBR)
     inputs = Inputs(clean=data.clean, suspect=poisoning.poison(data.train, made).data, preprocessing=digits.GREY)

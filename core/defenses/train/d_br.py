@@ -17,7 +17,7 @@ from core.tuning import cross_entropy
 
 
 class DBR(Compared, victim.Training):
-    """Parameters; the defaults are the published ones for CIFAR-10."""
+    """Parameters; as published for CIFAR-10, `bn` is `train` and `unlearning` `ascent`, and the rest what it is here."""
 
     method: Literal["d_br"]
     architecture: str = Field(default="resnet18-cifar-maxpool", max_length=64, title="Architecture", description="By its name in the catalogue.")
@@ -32,23 +32,23 @@ class DBR(Compared, victim.Training):
         "in one place is not unlearnt in others.",
     )
     bn: Literal["train", "frozen"] = Field(
-        default="train",
+        default="frozen",
         title="BatchNorm mode",
-        description="`train`, as published: a batch of poisoned images is unlearnt under its own statistics, and a narrow network may keep the backdoor "
-        "under those it is deployed with; `frozen` unlearns what is deployed.",
+        description="`frozen` unlearns what is deployed; `train`, as published: a batch of poisoned images is unlearnt under its own statistics, and a narrow "
+        "network keeps the backdoor under those it is deployed with.",
     )
     unlearning: Literal["ascent", "unlikelihood"] = Field(
-        default="ascent",
+        default="unlikelihood",
         title="Unlearning",
-        description="`ascent`, as published, turns the sign of the cross-entropy: it has no bound, and hardly a slope where the model is sure of the trigger. "
-        "`unlikelihood` minimises -log(1 - p) of the given class, which is steepest there and ends by itself.",
+        description="`unlikelihood` minimises -log(1 - p) of the given class, which is steepest where the model is sure of the trigger, and ends by itself; "
+        "`ascent`, as published, turns the sign of the cross-entropy: it has no bound, and hardly a slope there.",
     )
     clip: float | None = Field(
         default=None,
         gt=0,
         le=100,
         title="Clip",
-        description="Poisoned images whose cross-entropy is above this are left alone by the ascent, which is unbounded without.",
+        description="With `ascent`: poisoned images whose cross-entropy is above this are left alone, as it is unbounded without.",
     )
 
 
@@ -56,7 +56,8 @@ class DBR(Compared, victim.Training):
     title="D-BR",
     paper="Effective backdoor defense by exploiting sensitivity of poisoned samples, NeurIPS 2022, Eq. 4",
     needs=(Need.SUSPECT_DATASET,),
-    caution="Narrow networks (WRN-16-1, WRN-10-1) kept their backdoors as published; with `bn` frozen and `unlearning` by unlikelihood an ASR of 0 to 10 % was left, of a warp of which the split missed 28 %, 27 %.",
+    caution="It is as good as the split: from one that is clean nothing of a patch was left, from one whose poisoned part is 64 % poisoned a class lost 11 points, "
+    "and of a warp of which it misses 28 % an ASR of 27 % stays. As published (`bn` train, `unlearning` ascent) narrow networks keep their backdoors.",
 )
 def run(run: Run, inputs: Inputs, params: DBR) -> Outcome:
     """Remove the backdoor of a plainly trained model by unlearning the poisoned and relearning the clean part in turns."""
