@@ -79,6 +79,17 @@ def test_a_table_is_measured_once_and_written(setting: bench.Setting, tmp_path: 
     assert "± " in line and line.endswith("| 80.0 (target excluded) | 1.5 |") and "| 2 |" in line
 
 
+def test_a_budget_changes_a_column_and_a_row_changes_both(setting: bench.Setting) -> None:
+    column = {"name": "FT", "defense": {"method": "fine_tuning", "epochs": 20}, "cpu": {"epochs": 2, "batch_size": 8}}
+    table = {"columns": [column], "rows": [{"name": "none"}, {"name": "own", "defense": {"FT": {"epochs": 3}}}]}
+
+    def defenses(budget: str) -> list[dict[str, Any] | None]:
+        return [cell.defense for cell in bench.planned(table, setting, 1, budget) if cell.column == "FT"]
+
+    assert defenses("cpu") == [{"method": "fine_tuning", "epochs": 2, "batch_size": 8}, {"method": "fine_tuning", "epochs": 3, "batch_size": 8}]
+    assert defenses("full") == [{"method": "fine_tuning", "epochs": 20}, {"method": "fine_tuning", "epochs": 3}]
+
+
 def test_a_table_of_cleansers_counts_what_they_find(setting: bench.Setting, tmp_path: Path) -> None:
     table = {
         "title": "Splits",
