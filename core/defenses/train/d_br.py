@@ -11,18 +11,25 @@ from pydantic import Field
 from core import losses, training, victim
 from core.augment import crop_and_flip, none
 from core.catalog import Inputs, Need, Outcome, defense
+from core.errors import SplitEmpty
 from core.run import Run
 from core.schooling import AnySplit, Compared, divide, plain, split_field
 from core.tuning import cross_entropy
 
 
 class DBR(Compared, victim.Training):
-    """Parameters; as published for CIFAR-10, `bn` is `train` and `unlearning` `ascent`, and the rest what it is here."""
+    """Parameters; as published for CIFAR-10, `bn` is `train`, `unlearning` `ascent`, `only_target` false, and the rest what it is here."""
 
     method: Literal["d_br"]
     architecture: str = Field(default="resnet18-cifar-maxpool", max_length=64, title="Architecture", description="By its name in the catalogue.")
     split: AnySplit = split_field()
     rounds: int = Field(default=20, ge=1, le=1000, title="Rounds", description="Each unlearns once and relearns once.")
+    only_target: bool = Field(
+        default=True,
+        title="Only the target's",
+        description="Where the split says which class the poison leads to, unlearn only those of its poisoned part that carry it: the others are none, and "
+        "unlearning them costs accuracy. As published: off.",
+    )
     learning_rate: float = Field(default=1e-4, gt=0, le=1, title="Learning rate", description="Constant.")
     batch_size: int = Field(default=128, ge=2, le=4096, title="Batch size")
     augment: bool | None = Field(
@@ -62,6 +69,12 @@ class DBR(Compared, victim.Training):
 def run(run: Run, inputs: Inputs, params: DBR) -> Outcome:
     """Remove the backdoor of a plainly trained model by unlearning the poisoned and relearning the clean part in turns."""
     divided = divide(run, inputs, params.split)
+    poisoned, target = divided.poisoned, divided.split.target
+    if params.only_target and divided.split.verdict == "poisoned" and target is not None:
+        assert poisoned.labels is not None
+        poisoned = poisoned.subset((poisoned.labels == target).nonzero()[:, 0])
+        if not len(poisoned):
+            raise SplitEmpty(f"no image that the split takes for poisoned carries class {target}, to which it says the poison leads", "Choose another split.")
     baseline = plain(run, inputs, params)
     model = baseline.frozen_copy().requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), lr=params.learning_rate, momentum=0.9, weight_decay=5e-4)
@@ -80,7 +93,7 @@ def run(run: Run, inputs: Inputs, params: DBR) -> Outcome:
     run.phase("unlearning and relearning")
     for number in run.stage("unlearn and relearn", total=params.rounds, model=model, optimizer=optimizer, generator=generator, history=history):
         model.train(params.bn == "train")
-        for name, loss, part in (("unlearning", training.supervised(away), divided.poisoned), ("relearning", descent, divided.clean)):
+        for name, loss, part in (("unlearning", training.supervised(away), poisoned), ("relearning", descent, divided.clean)):
             # The ascent is unbounded: full precision there, and `one_epoch` stops at the first value that is not finite.
             mean = training.one_epoch(
                 run, name, data=part, loss=loss, network=model, optimizer=optimizer, schedule=training.steps((0, params.learning_rate)), epoch=number,
@@ -90,7 +103,7 @@ def run(run: Run, inputs: Inputs, params: DBR) -> Outcome:
             run.metric(f"{name} loss", mean, epoch=number + 1)
         model.eval()
         inputs.watch(model)
-    findings = {**divided.findings(), "unlearning_loss": history["unlearning"], "relearning_loss": history["relearning"]}
+    findings = {**divided.findings(), "unlearnt": len(poisoned), "unlearning_loss": history["unlearning"], "relearning_loss": history["relearning"]}
     return Outcome(
         model=model.eval(), baseline=baseline if params.compare else None, split=divided.split, embedding=divided.outcome.embedding, findings=findings
     )
