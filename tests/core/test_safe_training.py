@@ -12,14 +12,17 @@ import torch.nn.functional as F
 from benchmarks import digits
 from core import catalog, evaluation, losses, poisoning, victim
 from core.attacks.blend import Blend
-from core.catalog import Inputs
+from core.catalog import Inputs, Outcome
 from core.classifier import Classifier, Preprocessing
 from core.defenses.train import d_br, dbd, trap_and_replace
 from core.defenses.train.d_br import DBR
 from core.defenses.train.trap_and_replace import TrapAndReplace, add_dropout, cut_and_mix, decoder_for
-from core.errors import BadDataset
+from core.errors import BadDataset, SplitEmpty
 from core.images import ImageSet
 from core.run import Run
+from core.schooling import Divided
+from core.split import Verdict, of_flags
+from tests.core.untrained import noise
 
 
 def test_every_split_fits_every_training() -> None:
@@ -107,6 +110,29 @@ def test_a_blend_is_unlearnt_under_the_statistics_it_is_deployed_with() -> None:
     (ba_before, asr_before), (ba, asr) = rates(outcome.baseline), rates(outcome.model)
     assert asr_before > 0.95 and asr < 0.03
     assert ba > ba_before - 0.02
+
+
+@pytest.mark.parametrize(("verdict", "named", "wanted"), [("poisoned", 1, 3), ("inconclusive", 1, 5), ("poisoned", None, 5)])
+def test_only_what_carries_the_named_class_is_unlearnt(monkeypatch: pytest.MonkeyPatch, verdict: Verdict, named: int | None, wanted: int) -> None:
+    data = noise(20, classes=2)
+    assert data.labels is not None
+    flagged = torch.zeros(20, dtype=torch.bool)
+    flagged[(data.labels == 1).nonzero()[:3, 0]] = True
+    flagged[(data.labels == 0).nonzero()[:2, 0]] = True
+
+    def unlearnt(flagged: torch.Tensor, **more: Any) -> int:
+        split = of_flags(data.labels, flagged.float(), flagged, "", verdict=verdict, evidence="", target=named)
+        divided = Divided(Outcome(split=split), split, split.part(data, split.clean), split.part(data, split.suspect))
+        monkeypatch.setattr(d_br, "divide", lambda run, inputs, params: divided)
+        params = catalog.validate({"d_br": catalog.defenses()["d_br"]}, {"method": "d_br", **MIRRORING["d_br"], **more})
+        assert isinstance(params, DBR)
+        found: int = d_br.run(Run(device="cpu"), Inputs(suspect=data), params).findings["unlearnt"]
+        return found
+
+    assert unlearnt(flagged) == wanted and unlearnt(flagged, only_target=False) == 5
+    if wanted == 3:
+        with pytest.raises(SplitEmpty, match="carries class 1"):
+            unlearnt(flagged & (data.labels == 0))
 
 
 # -- Trap-and-Replace --------------------------------------------------------------------------------------------------
