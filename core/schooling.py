@@ -57,7 +57,7 @@ def divide(run: Run, inputs: Inputs, params: Any) -> Divided:
     assert inputs.suspect is not None
     outcome = catalog.cleansers()[params.method].run(run, inputs, params)
     split = outcome.split
-    clean, poisoned = (inputs.suspect.subset(part.nonzero()[:, 0]) for part in (split.clean, split.suspect))
+    clean, poisoned = (split.part(inputs.suspect, which) for which in (split.clean, split.suspect))
     for what, part in (("clean", clean), ("poisoned", poisoned)):
         if not len(part):
             raise SplitEmpty(f"{params.method} took no image for {what}", "Change its shares or thresholds, or choose another split.")

@@ -64,10 +64,13 @@ class DBR(Compared, victim.Training):
     paper="Effective backdoor defense by exploiting sensitivity of poisoned samples, NeurIPS 2022, Eq. 4",
     needs=(Need.SUSPECT_DATASET,),
     caution="It is as good as the split: of a warp of which it missed 28 % an ASR of 33 % stayed, and where it names no class, or a wrong one, clean images are unlearnt. "
-    "As published (`bn` train, `unlearning` ascent) narrow networks keep their backdoors.",
+    "As published (`bn` train, `unlearning` ascent, `only_target` off) narrow networks keep their backdoors.",
 )
 def run(run: Run, inputs: Inputs, params: DBR) -> Outcome:
-    """Remove the backdoor of a plainly trained model by unlearning the poisoned and relearning the clean part in turns."""
+    """Remove the backdoor of a plainly trained model by unlearning the poisoned and relearning the clean part in turns.
+
+    Raises `SplitEmpty` where a part of the split is empty, or nothing in its poisoned part carries the class it names.
+    """
     divided = divide(run, inputs, params.split)
     poisoned, target = divided.poisoned, divided.split.target
     if params.only_target and divided.split.verdict == "poisoned" and target is not None:
