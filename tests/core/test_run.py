@@ -252,6 +252,8 @@ def test_every_defense_runs_resumes_and_stops(name: str, case: Case, tmp_path: P
     page = (tmp_path / "whole" / "out" / "report.html").read_text()
     assert ("What then led to the class" in page) == (name == "mcldef")
     assert ("What may be left" in page) == bool(report["cleansing"] and report["cleansing"]["missed"])
+    assert ("As a whole" in page) == bool(report["cleansing"] and kind is Kind.TRAIN)
+    assert ("were trusted as clean" in page) == (name in ("d_br", "d_st")) and (f"{report['findings'].get('unlearnt')} were unlearnt" in page) == (name == "d_br")
     assert name in page and (report["inputs"]["model_sha256"] or "500 untrusted training images") in page and "<script" not in page and "http" not in page
 
     staged = sum(event["type"] == "checkpoint" for event in events) > 3
@@ -360,7 +362,8 @@ def test_the_report_says_what_a_cleanser_leaves_in(case: Case, tmp_path: Path) -
     cleansing = events[-1]["data"]["cleansing"]
     assert (cleansing["verdict"], cleansing["target"]) == ("poisoned", 5) and "is still in the set" in cleansing["missed"]
     assert cleansing["missed"] in [event["message"] for event in events if event["type"] == "warning"]
-    assert f"What may be left:</strong> {cleansing['missed']}" in (folder / "out" / "report.html").read_text()
+    page = (folder / "out" / "report.html").read_text()
+    assert f"What may be left:</strong> {cleansing['missed']}" in page and "<strong>poisoned</strong> (class 5)" in page
 
 
 def test_an_encoder_is_purified_without_its_labels_and_measured_by_a_probe(case: Case, tmp_path: Path) -> None:
