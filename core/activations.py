@@ -146,7 +146,7 @@ def overlooked(features: torch.Tensor, labels: torch.Tensor, classes: int, targe
         return ""
     return (
         f"to the model class {target} is two groups of {sizes[0]} and {sizes[1]} images, of which {shares[0]:.0%} and {shares[1]:.0%} are flagged: "
-        f"whichever is the poison, {1 - max(shares):.0%} of it or more is still in the set; try another method, scan where there are a few clean images"
+        f"whichever is the poison, {1 - max(shares):.0%} of it or more is still in the set; try another method, or scan with more clean images"
     )
 
 

@@ -330,14 +330,20 @@ def _triggered(spec: JobSpec, folder: Path, test: ImageSet, attack: AttackParams
         return None
     if attack is not None:
         channels, height, width = test.images.shape[1:]
-        return poisoning.triggered(test, poisoning.declared(attack, (channels, height, width), classes), classes)
+        return _counted(poisoning.triggered(test, poisoning.declared(attack, (channels, height, width), classes), classes))
     data, target = ImageSet.load(folder / str(spec.evaluation.triggered)), spec.evaluation.target
     if data.labels is None:
         raise BadDataset("the triggered images have no labels", "Label them with their true classes: images of the target class do not count for ASR.")
     _check_classes(data, classes, "triggered")
     if target is not None and target >= classes:
         raise BadJob(f"the attack's target {target} is not one of the model's {classes} classes", "Classes count from 0.")
-    return poisoning.given(data, target, classes)
+    return _counted(poisoning.given(data, target, classes))
+
+
+def _counted(triggered: Triggered) -> Triggered:
+    if not len(triggered.images):
+        raise BadDataset("every image for the trigger is of the target class already, so none shows whether it works", "Add test images of other classes.")
+    return triggered
 
 
 def _check_classes(data: ImageSet, classes: int, role: str) -> None:
@@ -350,7 +356,7 @@ def _check_classes(data: ImageSet, classes: int, role: str) -> None:
 
 def _announce(run: Run, when: str, measured: dict[str, Any] | None) -> None:
     for name in evaluation.RATES:
-        if measured and name in measured:
+        if measured and name in measured and measured[name]["value"] is not None:
             run.metric(name, measured[name]["value"], when=when, **{k: measured[name][k] for k in ("hits", "n", "low", "high")})
 
 

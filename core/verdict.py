@@ -19,12 +19,15 @@ LESS = (
     "Lower the learning rate or the epochs, give more clean images, leave mirrored images out where they mean something else "
     "(`mirror`, where the method has it), or try ft_sam."
 )
+# A trigger on fewer images than this shows nothing, whatever comes of it.
+LEAST_TRIED = 30
 # A rate that was not measured.
 NOTHING: dict[str, Any] = {"value": None}
 
 UNTRIED = "accuracy was kept; no trigger was given or recovered, so whether a backdoor is left was not measured"
 ADVICE = {
-    "untried": "Inspect the result with combined, declare the attack if you know it, or purify with mcldef, which recovers a trigger and tries it afterwards.",
+    "untried": "Inspect the result with combined, declare the attack if you know it, with test images enough to measure it, or purify with mcldef, which recovers a trigger "
+    "and tries it afterwards.",
     "accuracy": LESS,
     "agreement": LESS,
     "recovered_trigger": "Train for more epochs, or try ft_sam, nad or ibau, which do not depend on one recovered trigger.",
@@ -35,7 +38,7 @@ ADVICE = {
 def judge(before: dict[str, Any] | None, after: dict[str, Any] | None, aside: dict[str, Any] | None, recovered: dict[str, Any] | None) -> dict[str, Any]:
     """Return `{verdict, reasons, advice}` of a purification: `purified`, `not_purified` or `not_measured`.
 
-    Accuracy alone does not make a model purified: a trigger must have been tried, a given or a recovered one.
+    Accuracy alone does not make a model purified: a trigger must have been tried, a given or a recovered one, that worked before, on images enough.
 
     Args:
         before, after: `evaluation.evaluate` of the test set, if there is one.
@@ -70,21 +73,36 @@ def judge(before: dict[str, Any] | None, after: dict[str, Any] | None, aside: di
         return {"verdict": "not_purified", "reasons": [reason for _, reason in found], "advice": advice}
     if not measured:
         return {"verdict": "not_measured", "reasons": ["there was nothing to measure the result with"], "advice": "Give clean images or a test set."}
-    shown = _tried(before, after, recovered)
+    shown, doubtful = _tried(before, after, recovered)
     if not shown:
-        return {"verdict": "not_measured", "reasons": [UNTRIED], "advice": ADVICE["untried"]}
-    return {"verdict": "purified", "reasons": shown, "advice": ""}
+        return {"verdict": "not_measured", "reasons": doubtful or [UNTRIED], "advice": ADVICE["untried"]}
+    return {"verdict": "purified", "reasons": shown + doubtful, "advice": ""}
 
 
-def _tried(before: dict[str, Any] | None, after: dict[str, Any] | None, recovered: dict[str, Any] | None) -> list[str]:
-    """Return a sentence for each trigger that was tried on the result: a model is purified of those, and of no other that is known."""
-    tried = {f"the recovered trigger sends {{}} of the images to class {label}": rates for label, rates in (recovered or {}).items()}
-    tried["the attack succeeds on {} of the triggered images"] = {when: (of or {}).get("asr", NOTHING) for when, of in (("before", before), ("after", after))}
-    return [
-        sentence.format(f"{rates['after']['value']:.1%}") + (f", {rates['before']['value']:.1%} before" if rates["before"]["value"] is not None else "")
-        for sentence, rates in tried.items()
-        if rates["after"]["value"] is not None
+def _tried(before: dict[str, Any] | None, after: dict[str, Any] | None, recovered: dict[str, Any] | None) -> tuple[list[str], list[str]]:
+    """Return a sentence for each trigger that was tried on the result, and one for each of which that shows nothing.
+
+    A model is purified of the triggers that were tried, and of no other that is known: not of one that did nothing before.
+    """
+    attack = {when: (of or {}).get("asr", NOTHING) for when, of in (("before", before), ("after", after))}
+    anyway = (before or {}).get("asr_without_trigger", NOTHING)["value"] or 0.0
+    tried = [
+        *((f"the recovered trigger sends {{}} of the images to class {label}", rates, LEFT_OF_RECOVERED) for label, rates in (recovered or {}).items()),
+        ("the attack succeeds on {} of the triggered images", attack, anyway + LEFT),
     ]
+    shown, doubtful = [], []
+    for sentence, rates, idle in tried:
+        now, was = rates["after"]["value"], rates["before"]["value"]
+        if now is None:
+            continue
+        said = sentence.format(f"{now:.1%}") + (f", {was:.1%} before" if was is not None else "")
+        if was is not None and was <= idle:
+            doubtful.append(f"{said}: a trigger that did nothing before does not show whether a backdoor is left")
+        elif rates["after"]["n"] < LEAST_TRIED:
+            doubtful.append(f"{said}: {rates['after']['n']} images are too few to show whether a backdoor is left")
+        else:
+            shown.append(said)
+    return shown, doubtful
 
 
 def _accuracy(before: dict[str, Any], after: dict[str, Any], where: str) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,18 @@ import pytest
 import torch
 
 from benchmarks import digits
-from core import advice, catalog, page, victim
+from core import advice, catalog, page, victim, weights
 from core import split as splits
 from core.activations import collect
 from core.attacks.badnets import BadNets
 from core.catalog import Inputs
-from core.defenses.cleanse import spectral_signatures
+from core.defenses.cleanse import scan, spectral_signatures
 from core.defenses.cleanse.fct import FCT
-from core.errors import ClassMissing, ClassTooSmall, LabelsMissing, OneClassOnly, SplitEmpty
+from core.errors import ClassMissing, ClassTooSmall, LabelsMissing, NotEnoughCleanData, OneClassOnly, SplitEmpty
 from core.images import ImageSet
 from core.run import Run
 from core.schooling import divide as divide_set
+from tests.conftest import TARGET, Case
 
 
 def flags(verdict: splits.Verdict) -> tuple[ImageSet, splits.Split]:
@@ -95,6 +97,27 @@ def test_a_given_model_is_taken_instead_of_training_one() -> None:
     outcome = spectral_signatures.run(run, Inputs(model=model, suspect=data), spectral_signatures.SpectralSignatures(method="spectral_signatures"))
     assert {event["data"]["phase"] for event in events if event["type"] == "phase"} == {"decomposing"}
     assert outcome.embedding is not None and torch.equal(outcome.embedding, collect(run, model.eval().features, data))
+
+
+def test_scan_judges_by_ten_clean_images_of_a_class_and_by_no_fewer(case: Case) -> None:
+    model, _ = weights.identify(weights.read(case.model), case.data.clean)
+    labels = case.data.clean.labels
+    assert labels is not None
+    ten = torch.cat([(labels == label).nonzero()[:10, 0] for label in range(10)])
+    params = scan.SCAn(method="scan")
+    few = case.data.clean.subset(ten[:-1])
+    with pytest.raises(NotEnoughCleanData, match=r"fewer of 9 \(9\)"):
+        scan.run(Run(device="cpu"), Inputs(model=model, clean=few, suspect=case.data.train), params)
+    clean = case.data.clean.subset(ten)
+    with pytest.raises(NotEnoughCleanData, match="all alike"):
+        scan.run(Run(device="cpu"), Inputs(model=model, clean=replace(clean, images=torch.zeros_like(clean.images)), suspect=case.data.train), params)
+    # 64 features: the inverse of a covariance from a hundred images would tear every class apart.
+    poisoned = scan.run(
+        Run(device="cpu"), Inputs(model=model, clean=clean, suspect=digits.poisoned(case.data.train, BadNets(method="badnets", target=TARGET))), params
+    )
+    assert poisoned.findings["contaminated"] == [TARGET] and poisoned.split is not None and 80 <= int(poisoned.split.suspect.sum()) <= 110
+    unpoisoned = scan.run(Run(device="cpu"), Inputs(model=model, clean=clean, suspect=case.data.train), params)
+    assert unpoisoned.split is not None and unpoisoned.split.verdict == "no_evidence"
 
 
 def test_what_is_proposed_exists_and_needs_no_more_than_it_says() -> None:

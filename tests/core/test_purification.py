@@ -148,6 +148,18 @@ def test_the_verdict_names_what_is_wrong() -> None:
     for pair in ((None, None), (measured(900), measured(890))):
         found = verdict.judge(*pair, aside, None)
         assert found["verdict"] == "not_measured" and "whether a backdoor is left" in found["reasons"][0] and "combined" in found["advice"]
+    # Nor does a trigger that never worked, or one on a handful of images.
+    idle, nine = (measured(900, 60, 20), measured(890, 10, 20)), {"before": rate(9, 9), "after": rate(0, 9)}
+    for pair, recovered, word in (
+        (idle, None, "did nothing before"),
+        ((None, None), {"5": nine}, "9 images are too few"),
+        ((measured(900) | {"asr": nine["before"]}, measured(890) | {"asr": nine["after"]}), None, "9 images are too few"),
+        ((None, None), {"5": {"before": rate(15, 100), "after": rate(0, 100)}}, "did nothing before"),
+    ):
+        found = verdict.judge(*pair, aside, recovered)
+        assert found["verdict"] == "not_measured" and word in found["reasons"][0] and "combined" in found["advice"], word
+    found = verdict.judge(*idle, aside, gone)
+    assert found["verdict"] == "purified" and ["did nothing before" in reason for reason in found["reasons"]] == [False, True]
 
 
 def test_classes_that_lose_are_named_worst_first() -> None:

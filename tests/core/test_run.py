@@ -253,7 +253,9 @@ def test_every_defense_runs_resumes_and_stops(name: str, case: Case, tmp_path: P
     assert ("What then led to the class" in page) == (name == "mcldef")
     assert ("What may be left" in page) == bool(report["cleansing"] and report["cleansing"]["missed"])
     assert ("As a whole" in page) == bool(report["cleansing"] and kind is Kind.TRAIN)
-    assert ("were trusted as clean" in page) == (name in ("d_br", "d_st")) and (f"{report['findings'].get('unlearnt')} were unlearnt" in page) == (name == "d_br")
+    assert ("were trusted as clean" in page) == (name in ("d_br", "d_st")) and (f"{report['findings'].get('unlearnt')} were unlearnt" in page) == (
+        name == "d_br"
+    )
     assert name in page and (report["inputs"]["model_sha256"] or "500 untrusted training images") in page and "<script" not in page and "http" not in page
 
     staged = sum(event["type"] == "checkpoint" for event in events) > 3
@@ -280,7 +282,10 @@ def test_evaluate_measures_with_the_attack_or_with_triggered_images(case: Case, 
 
     trigger = poisoning.declared(BadNets(method="badnets", target=5), (1, 16, 16), 10)
     test = case.data.test.subset(torch.arange(120))
-    ImageSet(trigger.stamp(test.images), test.labels).save(folder / "inputs" / "triggered")
+    labels = test.labels
+    assert labels is not None
+    ImageSet(trigger.stamp(test.images), labels).save(folder / "inputs" / "triggered")
+    ImageSet(test.images[:1], labels[:1]).save(folder / "inputs" / "one")
     for target, asr in ((5, declared["before"]["asr"]), (None, None)):
         spec["evaluation"] = {"test": "inputs/test", "triggered": "inputs/triggered", "target": target}
         (folder / "job.json").write_text(json.dumps(spec))
@@ -288,10 +293,11 @@ def test_evaluate_measures_with_the_attack_or_with_triggered_images(case: Case, 
         assert code == 0, events[-1]
         found = events[-1]["data"]["before"]
         assert found["asr"] == asr if asr else (found["asr"]["n"] == len(test) and found["asr"]["value"] < 0.5)
-    spec["evaluation"]["target"] = 10
-    (folder / "job.json").write_text(json.dumps(spec))
-    code, events = engine(folder)
-    assert code == 3 and "not one of the model's 10 classes" in events[-1]["message"]
+    for change, said in (({"target": 10}, "not one of the model's 10 classes"), ({"target": int(labels[0])}, "is of the target class already")):
+        spec["evaluation"] |= {"triggered": "inputs/one", **change}
+        (folder / "job.json").write_text(json.dumps(spec))
+        code, events = engine(folder)
+        assert code == 3 and said in events[-1]["message"]
 
 
 def test_the_engine_says_what_is_wrong(case: Case, tmp_path: Path) -> None:

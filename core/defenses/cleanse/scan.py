@@ -10,12 +10,16 @@ import torch
 from pydantic import Field
 
 from core.activations import Observing, collect, flagged_by, inverse, observer, untangle
-from core.catalog import Inputs, Need, Outcome, defense
+from core.catalog import LEAST_OF_A_CLASS, Inputs, Need, Outcome, defense
+from core.errors import NotEnoughCleanData
+from core.images import ImageSet
 from core.inversion import anomaly_index
 from core.run import Run
 from core.split import Verdict, acquitted
 
 REASON = "it belongs to the group of its class that has fewer of the clean images"
+# Clean images a feature: a covariance of fewer is mostly noise, and its inverse makes two groups of every class.
+LEAST_OF_A_FEATURE = 4
 
 
 class SCAn(Observing):
@@ -32,19 +36,30 @@ class SCAn(Observing):
     title="SCAn",
     paper="Tang et al., Demon in the Variant: Statistical Analysis of DNNs for Robust Backdoor Contamination Detection, USENIX Security 2021",
     needs=(Need.SUSPECT_DATASET, Need.CLEAN_IMAGES, Need.CLEAN_LABELS),
+    caution="Wants ten clean images of every class. With as few it found 52 to 89 % of a warp's poison on small sets, with thirty 66 to 76.",
 )
 def run(run: Run, inputs: Inputs, params: SCAn) -> Outcome:
-    """Decompose features into identity and variation on clean images, and find the classes that are two groups by a likelihood ratio."""
+    """Decompose features into identity and variation on clean images, and find the classes that are two groups by a likelihood ratio.
+
+    Raises `NotEnoughCleanData` below ten clean images of a class, or where they all look alike.
+    """
     suspect, clean = inputs.suspect, inputs.clean
     assert suspect is not None and suspect.labels is not None and clean is not None and clean.labels is not None
+    check_clean(clean, suspect.classes)
     model = observer(run, inputs, params)
     run.phase("decomposing")
     features, labels = collect(run, model.features, suspect), suspect.labels.cpu().numpy()
-    known, truth = collect(run, model.features, clean).cpu().double().numpy(), clean.labels.cpu().numpy()
+    points, known, truth = features.cpu().double().numpy(), collect(run, model.features, clean).cpu().double().numpy(), clean.labels.cpu().numpy()
+    if not np.ptp(known, axis=0).any():
+        raise NotEnoughCleanData("to the model the clean images are all alike", "Give different images of every class.")
+    most = (len(known) - suspect.classes) // LEAST_OF_A_FEATURE
+    if most < points.shape[1]:
+        directions = widest(points, most)
+        points, known = points @ directions, known @ directions
     centre = known.mean(0)
     _, within = components(known - centre, truth)
     metric = inverse(within)
-    points = features.cpu().double().numpy() - centre
+    points = points - centre
     flagged, scores = np.zeros(len(points), dtype=bool), np.zeros(len(points))
     ratios, usual, groups = [], [], {}
     for label in range(suspect.classes):
@@ -61,13 +76,13 @@ def run(run: Run, inputs: Inputs, params: SCAn) -> Outcome:
         scores[own] = np.abs(mine) * np.where(foreign, 1, -1)
     indices = anomaly_index(np.asarray(ratios) / max(*ratios, 1e-12)).tolist()
     # Where all classes are alike the smallest difference is an outlier, and an attack on every class is none: clean images say what is usual.
-    most = max(usual)
-    contaminated = [label for label, index in enumerate(indices) if ratios[label] > (most if index > params.threshold else params.margin * most)]
+    largest = max(usual)
+    contaminated = [label for label, index in enumerate(indices) if ratios[label] > (largest if index > params.threshold else params.margin * largest)]
     for label in contaminated:
         flagged[labels == label] = groups[label]
     evidence = (
         f"the likelihood ratios have anomaly indices up to {max(indices):.3g} (contaminated above {params.threshold:.3g}); "
-        f"the largest is {max(ratios):.3g}, that of clean images {max(usual):.3g}"
+        f"the largest is {max(ratios):.3g}, that of clean images {largest:.3g}"
     )
     verdict: Verdict = "poisoned" if contaminated else "no_evidence"
     with torch.no_grad():
@@ -81,6 +96,24 @@ def run(run: Run, inputs: Inputs, params: SCAn) -> Outcome:
         embedding=features,
         findings={"likelihood_ratios": ratios, "clean_likelihood_ratios": usual, "anomaly_indices": indices, "contaminated": contaminated},
     )
+
+
+def check_clean(clean: ImageSet, classes: int) -> None:
+    """Raise `NotEnoughCleanData` when there are fewer than ten clean images of a class: they would not show which of its groups is the class."""
+    assert clean.labels is not None
+    few = [f"{label} ({count})" for label, count in enumerate(clean.labels.bincount(minlength=classes).tolist()) if count < LEAST_OF_A_CLASS]
+    if few:
+        raise NotEnoughCleanData(
+            f"scan needs {LEAST_OF_A_CLASS} clean images of every class; there are fewer of {', '.join(few[:20])}",
+            "Add images of these classes, or choose activation_clustering or ssl_cleanse, which need none.",
+        )
+
+
+def widest(points: np.ndarray, count: int) -> np.ndarray:
+    """Return the directions (d, count) in which points (n, d) spread most, orthonormal."""
+    centred = points - points.mean(0)
+    directions: np.ndarray = np.linalg.eigh(centred.T @ centred)[1][:, -count:]
+    return directions
 
 
 def components(points: np.ndarray, labels: np.ndarray, *, rounds: int = 100, tolerance: float = 1e-5) -> tuple[np.ndarray, np.ndarray]:
