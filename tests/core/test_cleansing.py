@@ -16,7 +16,7 @@ from core import split as splits
 from core.activations import collect
 from core.attacks.badnets import BadNets
 from core.catalog import Inputs
-from core.defenses.cleanse import scan, spectral_signatures
+from core.defenses.cleanse import beatrix, scan, spectral_signatures
 from core.defenses.cleanse.fct import FCT
 from core.errors import ClassMissing, ClassTooSmall, LabelsMissing, NotEnoughCleanData, OneClassOnly, SplitEmpty
 from core.images import ImageSet
@@ -118,6 +118,21 @@ def test_scan_judges_by_ten_clean_images_of_a_class_and_by_no_fewer(case: Case) 
     assert poisoned.findings["contaminated"] == [TARGET] and poisoned.split is not None and 80 <= int(poisoned.split.suspect.sum()) <= 110
     unpoisoned = scan.run(Run(device="cpu"), Inputs(model=model, clean=clean, suspect=case.data.train), params)
     assert unpoisoned.split is not None and unpoisoned.split.verdict == "no_evidence"
+
+
+def test_beatrix_flags_nothing_by_clean_images_too_few_to_tell_what_is_usual(case: Case) -> None:
+    model, _ = weights.identify(weights.read(case.model), case.data.clean)
+    labels = case.data.clean.labels
+    assert labels is not None
+    suspect = digits.poisoned(case.data.train, BadNets(method="badnets", target=TARGET))
+    for count, flagged in ((10, (0, 0)), (30, (70, 130))):
+        chosen = torch.cat([(labels == label).nonzero()[:count, 0] for label in range(10)])
+        split = beatrix.run(
+            Run(device="cpu"), Inputs(model=model, clean=case.data.clean.subset(chosen), suspect=suspect), beatrix.Beatrix(method="beatrix")
+        ).split
+        assert split is not None and flagged[0] <= int(split.suspect.sum()) <= flagged[1]
+        # The activations say so without clean images.
+        assert (split.verdict, split.target) == ("poisoned", TARGET) and ("clean images enough" in split.evidence) == (count == 10)
 
 
 def test_what_is_proposed_exists_and_needs_no_more_than_it_says() -> None:

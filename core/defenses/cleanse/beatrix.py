@@ -18,6 +18,8 @@ from core.split import Verdict
 REASON = "its channels correlate otherwise than in clean images of its class"
 # Median and deviation of fewer images say nothing; more than this many need not be compared.
 LEAST, MOST = 10, 500
+# Clean images of a class with which it is judged: without a fifth of them there must still be as many as that.
+LEAST_CLEAN = 15
 # Beyond this many channels the triangle of the Gram matrix does not fit memory; its row means are compared.
 CHANNELS = 128
 
@@ -49,12 +51,16 @@ def run(run: Run, inputs: Inputs, params: Beatrix) -> Outcome:
     known = collect(run, lambda images: grams(model.stages(images)[-1], params.orders), clean, batch_size=100)
     said, predicted = (collect(run, model, data).argmax(1) for data in (clean, suspect))
     fold = torch.randperm(len(clean), generator=run.generator("folds")).to(known.device) % 5
+    enough = said.bincount(minlength=suspect.classes)[said] >= LEAST_CLEAN
+    known, said, fold = known[enough], said[enough], fold[enough]
     usual = torch.cat([deviations(known[fold == one], said[fold == one], bounds(known[fold != one], said[fold != one], params.width)) for one in range(5)])
-    threshold = float(np.percentile(usual.cpu().numpy(), params.percentile))
+    # Nobody knows what is usual in a class of a handful of images; where that is all of them, none deviates.
+    usual = usual[~usual.isnan()]
+    threshold = float(np.percentile(usual.cpu().numpy(), params.percentile)) if len(usual) else float("inf")
     limits = bounds(known, said, params.width)
     waiting = iter(predicted.split(100))
     scores = collect(
-        run, lambda images: deviations(grams(model.stages(images)[-1], params.orders), next(waiting), limits), suspect, batch_size=100
+        run, lambda images: deviations(grams(model.stages(images)[-1], params.orders), next(waiting), limits).nan_to_num(0), suspect, batch_size=100
     )  # fmt: skip
     deviant = scores > threshold
     features = collect(run, model.features, suspect)
@@ -63,6 +69,8 @@ def run(run: Run, inputs: Inputs, params: Beatrix) -> Outcome:
     infected = [label for label, index in enumerate(indices) if index > params.threshold and distances[label] > float(np.median(distances))]
     labels = suspect.labels.to(scores.device)
     evidence = f"anomaly index {max(indices):.3g} of the distances between usual and deviant images; above {params.threshold:.3g} a class is infected"
+    if not len(usual):
+        evidence = f"no class has clean images enough to say what is usual in it: fewer than {LEAST_CLEAN}"
     verdict: Verdict
     target: int | None
     if infected:
@@ -73,7 +81,9 @@ def run(run: Run, inputs: Inputs, params: Beatrix) -> Outcome:
         verdict, more, target = observed(model, features, labels, suspect.classes, run.seed)
         flagged, evidence = deviant, f"{evidence}; {more}"
     split = flagged_by(features, labels, suspect.classes, scores, flagged, REASON, verdict=verdict, evidence=evidence, target=target)
-    return Outcome(split=split, embedding=features, findings={"threshold": threshold, "distances": distances, "anomaly_indices": indices.tolist()})
+    return Outcome(
+        split=split, embedding=features, findings={"threshold": threshold if len(usual) else None, "distances": distances, "anomaly_indices": indices.tolist()}
+    )
 
 
 def grams(maps: torch.Tensor, orders: int) -> torch.Tensor:
@@ -107,8 +117,8 @@ def bounds(known: torch.Tensor, labels: torch.Tensor, width: float) -> Bounds:
 
 
 def deviations(rows: torch.Tensor, labels: torch.Tensor, limits: Bounds) -> torch.Tensor:
-    """Return how far rows (N, D) lie outside the range of their labels, relative to its ends and averaged, (N,); 0 where a label has no range."""
-    found = torch.zeros(len(rows), device=rows.device)
+    """Return how far rows (N, D) lie outside the range of their labels, relative to its ends and averaged, (N,); NaN where a label has no range."""
+    found = torch.full((len(rows),), float("nan"), device=rows.device)
     for label in labels.unique().tolist():
         if label in limits:
             low, high = limits[label]
