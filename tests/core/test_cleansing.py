@@ -16,7 +16,7 @@ from core import split as splits
 from core.activations import collect
 from core.attacks.badnets import BadNets
 from core.catalog import Inputs
-from core.defenses.cleanse import beatrix, scan, spectral_signatures
+from core.defenses.cleanse import beatrix, scan, spectral_signatures, ssl_cleanse
 from core.defenses.cleanse.fct import FCT
 from core.errors import ClassMissing, ClassTooSmall, LabelsMissing, NotEnoughCleanData, OneClassOnly, SplitEmpty
 from core.images import ImageSet
@@ -59,6 +59,22 @@ def test_one_class_that_differs_from_the_others_is_evidence() -> None:
     assert splits.stands_out(alike, "x")[0] == "no_evidence" and splits.stands_out(alike, "x")[2] is None
     assert splits.stands_out([*alike[:9], 0.5], "x")[::2] == ("poisoned", 9)
     assert splits.stands_out([0.1, 0.9], "x")[0] == "inconclusive"
+    # Without noise any label would stand out by one image of 130; a tenth of poison stands out, however clean the rest is.
+    for hits, verdict in ((1, "inconclusive"), (13, "poisoned")):
+        found = splits.stands_out([0.0] * 9 + [hits / 130], "x", image=1 / 130)
+        assert found[0] == verdict and ("wrong labels" in found[1]) == (hits == 1)
+
+
+def test_wrong_labels_alone_are_not_called_poison() -> None:
+    verdicts = []
+    for seed in range(40):
+        draw = torch.Generator().manual_seed(seed)
+        truth = torch.randint(10, (1300,), generator=draw)
+        given = torch.where(torch.rand(1300, generator=draw) < 0.1, torch.randint(10, (1300,), generator=draw), truth)
+        verdicts.append(splits.stands_out(ssl_cleanse.among_strangers(given, truth, 10), "x", image=1 / 130)[0])
+        poisoned = torch.where(torch.rand(1300, generator=draw) < 0.05, 5, given)
+        assert splits.stands_out(ssl_cleanse.among_strangers(poisoned, truth, 10), "x", image=1 / 130)[2] == 5
+    assert verdicts.count("poisoned") <= 1
 
 
 @pytest.mark.parametrize(

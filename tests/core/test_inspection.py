@@ -41,6 +41,7 @@ def test_an_outlier_is_improbable_and_a_sample_is_not() -> None:
     assert p_value([1.0, 9.0, 2.0, 3.0, 4.0]) == pytest.approx(5 * t.sf(distance, 3))
     assert p_value([60.0, 55, 70, 65, 58, 300, 62, 59, 66, 61]) < 1e-6
     assert p_value([5.0] * 10) == 1.0 and p_value([5.0] * 9 + [9.0]) == 0.0
+    assert p_value([5.0] * 9 + [9.0], least=2.0) == pytest.approx(10 * t.sf(4 / (2 * np.sqrt(1 + 1 / 9)), 8))
     assert p_value([-3.0, -1, 2, 4, 5, 6, 3, 2, 4, 5]) == 1.0
 
 

@@ -91,7 +91,9 @@ def run(run: Run, inputs: Inputs, params: FCT) -> Outcome:
         scores = halfway
     labels = suspect.labels.to(scores.device)
     clean, poisoned = divide(run, scores, labels, suspect.classes, params)
-    verdict, evidence, target = stands_out(share_of_each(poisoned, labels, suspect.classes), "the share of sensitive images")
+    verdict, evidence, target = stands_out(
+        share_of_each(poisoned, labels, suspect.classes), "the share of sensitive images", image=suspect.classes / len(labels)
+    )
     if int(poisoned.sum()) > max(0.5, 2 * params.poisoned_share) * len(suspect):
         # Classes were pulled into one point each, which no transformation moves: ties at zero would flag everything.
         evidence = f"{int(poisoned.sum())} of {len(suspect)} images are equally sensitive: the features have collapsed; give fewer tuning_epochs or a wider architecture"

@@ -82,7 +82,9 @@ def judge(near: Neighbourhood, labels: torch.Tensor, params: SSLCleanse) -> tupl
     corrected &= ~accepted & params.relabel
     predicted = opinions[used[0]][0]
     scores = contradiction(near, labels, params.filter)
-    verdict, evidence, target = stands_out(among_strangers(labels, predicted, near.votes.shape[1]), "the share of its label among the least similar images")
+    classes = near.votes.shape[1]
+    strangers = among_strangers(labels, predicted, classes)
+    verdict, evidence, target = stands_out(strangers, "the share of its label among the least similar images", image=classes / len(labels))
     verdict, evidence = acquitted(verdict, evidence, accepted, "encoder")
     split = Split(
         labels=torch.where(corrected, predicted, labels), kept=accepted | corrected, scores=scores, clean=accepted, suspect=~accepted,

@@ -86,7 +86,7 @@ def run(run: Run, inputs: Inputs, params: ABL) -> Outcome:
         prepare=model.train, after_epoch=lambda epoch: inputs.watch(model), mixed=False,
     )  # fmt: skip
     # Easy classes stand out in clean sets too (digits: one of them held all that was learnt first): that is no verdict.
-    _, shares, target = stands_out(share_of_each(isolated, labels, suspect.classes), "the share of images learnt first")
+    _, shares, target = stands_out(share_of_each(isolated, labels, suspect.classes), "the share of images learnt first", image=suspect.classes / len(labels))
     evidence = f"of any set some images are learnt first; {shares}"
     split = of_flags(labels, -losses, isolated, REASON, verdict="inconclusive", evidence=evidence, target=target)
     findings = {"isolation_loss": isolating, "training_loss": tuned, "unlearning_loss": unlearnt}

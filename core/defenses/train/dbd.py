@@ -71,7 +71,7 @@ def run(run: Run, inputs: Inputs, params: DBD) -> Outcome:
     logits = collect(run, model.eval(), suspect)
     losses = symmetric_cross_entropy(logits, labels)
     doubted = losses > losses.kthvalue(max(int(params.believed * len(losses)), 1)).values
-    verdict, evidence, target = stands_out(share_of_each(doubted, labels, suspect.classes), "the share of doubted labels")
+    verdict, evidence, target = stands_out(share_of_each(doubted, labels, suspect.classes), "the share of doubted labels", image=suspect.classes / len(labels))
     verdict, evidence = acquitted(verdict, evidence, logits.argmax(1) == labels, "model")
     split = of_flags(labels, losses, doubted, REASON, verdict=verdict, evidence=evidence, target=target)
     findings = {"encoder_loss": encoding, "head_loss": heading, "loss": history}
