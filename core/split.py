@@ -113,22 +113,23 @@ def share_of_each(flagged: torch.Tensor, labels: torch.Tensor, classes: int) -> 
     return found
 
 
-def stands_out(values: list[float], what: str, *, image: float = 0.0) -> tuple[Verdict, str, int | None]:
+def stands_out(values: list[float], what: str, *, image: float = 0.0, significance: float = SIGNIFICANCE) -> tuple[Verdict, str, int | None]:
     """Return verdict, evidence and class of a set from one number a class, large where a class hides poison (Grubbs' test).
 
     One class among many is what an attack on one target leaves behind. All classes alike look like none: an all-to-all attack is not seen.
 
     Args:
         image: how much one image adds to a value that is a share of images; what so few may make of it is `inconclusive`.
+        significance: below which chance the set is called poisoned.
     """
     highest = max(range(len(values)), key=lambda label: values[label])
     if len(values) < 4:
         return "inconclusive", f"{len(values)} classes are too few for an outlier test of {what}", highest
     chance, alone = p_value(values, LEAST_SPREAD * image), p_value(values)
     said = f"{what} of class {highest} is {values[highest]:.3g}, of the others {min(values):.3g} to {sorted(values)[-2]:.3g} (p = {chance:.2g})"
-    if chance < SIGNIFICANCE:
+    if chance < significance:
         return "poisoned", said, highest
-    if alone < SIGNIFICANCE:
+    if image and alone < significance:
         return "inconclusive", f"{said}; so few images may be wrong labels", highest
     return ("inconclusive", said, highest) if chance < DOUBT else ("no_evidence", said, None)
 
