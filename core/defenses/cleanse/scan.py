@@ -36,7 +36,7 @@ class SCAn(Observing):
     title="SCAn",
     paper="Tang et al., Demon in the Variant: Statistical Analysis of DNNs for Robust Backdoor Contamination Detection, USENIX Security 2021",
     needs=(Need.SUSPECT_DATASET, Need.CLEAN_IMAGES, Need.CLEAN_LABELS),
-    caution="Wants ten clean images of every class. With as few it found 52 to 89 % of a warp's poison on small sets, with thirty 66 to 76.",
+    caution="Wants ten clean images of every class. Of a warp on small sets it found 52 to 94 % of the poison with ten to twenty of each.",
 )
 def run(run: Run, inputs: Inputs, params: SCAn) -> Outcome:
     """Decompose features into identity and variation on clean images, and find the classes that are two groups by a likelihood ratio.
