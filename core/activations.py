@@ -16,7 +16,7 @@ from core.split import Cleansing, Split, Verdict, acquitted, of_flags, stands_ou
 
 # Two clusters of a class that is one are less apart than this (silhouette): 0.26 at most in nine sets of CIFAR-10, 0.5 and more where all classes have guests.
 APART = 0.4
-# A class may be two groups by nature. The digit 1 was, with chances down to 4e-5 in 28 trainings on clean sets; those of eight attacks on CIFAR-10 are below 6e-8.
+# A class may be two groups by nature. The digit 1 was, with chances down to 4e-5 in 28 trainings on clean sets; those of the seven attacks on CIFAR-10 with a target are below 6e-8.
 NATURAL = 1e-5
 # A method that flags less of the poison than this has missed some of it.
 COVERED = 0.9
