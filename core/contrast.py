@@ -41,7 +41,7 @@ class Contrast(Repeating):
     bn: Literal["train", "frozen", "mixed"] = Field(
         default="train",
         title="BatchNorm mode",
-        description="`train`: statistics of triggered images, as published; `frozen`: kept; `mixed`: clean images pass too.",
+        description="`train`: statistics of triggered images, as published, and of clean ones where a clean anchor needs them; `frozen`: kept; `mixed`: clean images pass in any case.",
     )
     calibrate: bool = Field(
         default=True,

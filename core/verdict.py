@@ -31,7 +31,7 @@ ADVICE = {
     "accuracy": LESS,
     "agreement": LESS,
     "recovered_trigger": "Train for more epochs, or try ft_sam, nad or ibau, which do not depend on one recovered trigger.",
-    "asr": "A mask may express the trigger in part or not at all: try more `rounds` of mcldef, or ft_sam, ibau or sau.",
+    "asr": "A mask may express the trigger in part or not at all: try more `rounds` of mcldef with more `growth`, or ft_sam, ibau or sau.",
 }
 
 

@@ -72,16 +72,15 @@ def test_rounds_go_on_while_a_small_trigger_is_left(monkeypatch: pytest.MonkeyPa
     inputs = Inputs(model=model(), clean=noise(40))
     method = catalog.defenses()["mcldef"]
 
-    def outcome(rounds: int, grown: float) -> catalog.Outcome:
-        monkeypatch.setattr("core.defenses.purify.mcldef.GROWN", grown)
-        params = method.params(method="mcldef", target=1, inversion_epochs=1, epochs=1, epoch_images=0, batch_size=20, rounds=rounds)
+    def outcome(rounds: int, growth: float) -> catalog.Outcome:
+        params = method.params(method="mcldef", target=1, inversion_epochs=1, epochs=1, epoch_images=0, batch_size=20, rounds=rounds, growth=growth)
         return method.run(Run(device="cpu"), inputs, params)
 
     def same(one: catalog.Outcome, two: catalog.Outcome) -> bool:
         assert one.model is not None and two.model is not None
         return all(torch.equal(value, two.model.state_dict()[name]) for name, value in one.model.state_dict().items())
 
-    single, stopped, twice, thrice = outcome(1, 2.5), outcome(3, 0.0), outcome(2, 2.5), outcome(3, 2.5)
+    single, stopped, twice, thrice = outcome(1, 2.5), outcome(3, 1e-3), outcome(2, 2.5), outcome(3, 2.5)
     assert "left" not in single.findings and [len(one.findings["left"]) for one in (stopped, twice, thrice)] == [1, 1, 2]
     # The one trigger found afterwards was too large to be the backdoor's: the model of the first round stands.
     assert same(single, stopped) and not same(single, twice) and not same(twice, thrice)

@@ -14,9 +14,6 @@ from core.errors import TriggerNotFound
 from core.recovery import Recovered, Recovery, Stamp, recover
 from core.run import Run
 
-# A mask this many times as large as the first is no part of the backdoor any more: any model has one.
-GROWN = 2.5
-
 
 class MCLDef(Recovery, Contrast):
     """Parameters. On 2,500 images of CIFAR-10 the published method has `anchor` 0, `calibrate` false, `patience` 1200, `tolerance` 0, `rounds` 1."""
@@ -28,7 +25,15 @@ class MCLDef(Recovery, Contrast):
         le=10,
         title="Rounds",
         description="At most; 1 as published. A trigger that is spread over the image is recovered in part; before each further round another one is recovered from the "
-        f"purified model, and while its mask is less than {GROWN:g} times the first one's, the suspect model is purified against all that were found.",
+        "purified model, and while its mask is less than `growth` times the first one's, the suspect model is purified against all that were found.",
+    )
+    growth: float = Field(
+        default=2.5,
+        gt=0,
+        le=1000,
+        title="Growth",
+        description="A mask this many times as large as the first one is taken for no part of the backdoor: any model has one. More removes more of a trigger that is found "
+        "piece by piece, and may cost accuracy, above all the target class's, where nothing is left.",
     )
 
 
@@ -51,7 +56,7 @@ def run(run: Run, inputs: Inputs, params: MCLDef) -> Outcome:
                 run.log(nothing.message)
                 break
             left.append(found[-1].findings["trigger"])
-            if left[-1]["mask_norm"] >= GROWN * found[0].findings["trigger"]["mask_norm"]:
+            if left[-1]["mask_norm"] >= params.growth * found[0].findings["trigger"]["mask_norm"]:
                 break
             outcome = purified(run, inputs, params, found)
     if params.rounds > 1:
