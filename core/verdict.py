@@ -30,8 +30,8 @@ ADVICE = {
     "and tries it afterwards.",
     "accuracy": LESS,
     "agreement": LESS,
-    "recovered_trigger": "Train for more epochs, or try ft_sam, nad or ibau, which do not depend on one recovered trigger.",
-    "asr": "A mask may express the trigger in part or not at all: try more `rounds` of mcldef with more `growth`, or ft_sam, ibau or sau.",
+    "recovered_trigger": "Train for more epochs, or try ft_sam with `learning_rate` 0.1, nad or ibau, which do not depend on one recovered trigger.",
+    "asr": "A mask may express the trigger in part or not at all: try more `rounds` of mcldef with more `growth`, or ft_sam with `learning_rate` 0.1, ibau or sau.",
 }
 
 

@@ -25,7 +25,8 @@ class FinePruning(Repeating):
     title="Fine-pruning",
     paper="Liu et al., Fine-Pruning, RAID 2018",
     needs=(Need.MODEL, Need.CLEAN_IMAGES, Need.CLEAN_LABELS),
-    caution="Without crops (`augment`) small models with 300 clean images kept most of their backdoors; with them they lost up to 2 points of accuracy, and once 12 % of a blend was left.",
+    caution="Without crops (`augment`) small models with 300 clean images kept most of their backdoors; with them they lost up to 2 points of accuracy, and once 12 % of a blend was left. A WRN-16-1 for "
+    "CIFAR-10 kept 8 % of a patch, 50 % of a clean-label one and 88 % of stripes.",
 )
 def run(run: Run, inputs: Inputs, params: FinePruning) -> Outcome:
     """Prune the dormant inputs of the last linear layer and fine-tune what is left."""

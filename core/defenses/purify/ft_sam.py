@@ -35,7 +35,8 @@ class FTSAM(Repeating):
     title="FT-SAM",
     paper="Zhu et al., Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware Minimization, ICCV 2023",
     needs=(Need.MODEL, Need.CLEAN_IMAGES, Need.CLEAN_LABELS),
-    caution="Without `augment` a model that makes no errors on its clean images keeps its backdoor; mirrored digits cost small models 4 points of accuracy.",
+    caution="With its published rate of 0.01 it left 47 and 90 % of a patch, and 95 % of stripes, in a WRN-16-1 for CIFAR-10; with 0.1 4 and 29 %. Without `augment` a model that makes "
+    "no errors on its clean images keeps its backdoor; mirrored digits cost small models 4 points of accuracy.",
 )
 def run(run: Run, inputs: Inputs, params: FTSAM) -> Outcome:
     """Fine-tune so that the loss is low in a neighbourhood of the weights that is wide where weights are large."""
