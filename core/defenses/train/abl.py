@@ -41,7 +41,7 @@ class ABL(Compared, victim.Training):
     title="ABL",
     paper="Li et al., Anti-Backdoor Learning: Training Clean Models on Poisoned Data, NeurIPS 2021",
     needs=(Need.SUSPECT_DATASET,),
-    caution="The baseline. On small sets it isolated an easy class instead of a blend's or a warp's poison; accuracy fell by 8 to 22 points.",
+    caution="The baseline. On small sets it isolated an easy class instead of a blend's or a warp's poison; accuracy fell by 3 to 28 points.",
 )
 def run(run: Run, inputs: Inputs, params: ABL) -> Outcome:
     """Isolate the images that are learnt too easily, train on the rest, and unlearn the isolated ones by gradient ascent."""
