@@ -43,7 +43,7 @@ PROPOSALS = (
     Proposal(
         Kind.PURIFY, "ft_sam", frozenset({MODEL, CLEAN, LABELS}),
         "Does not depend on one recovered trigger, sees warps and blends, too; slower, and needs labels. It tries no trigger either: inspect its result. Ten times the "
-        "published rate, which left half and more of a backdoor in a narrow network; a third of stripes over the whole image stayed with this one, too.",
+        "published rate, which left 47 to 95 % of a backdoor in a narrow network; of stripes over the whole image 29 % stayed with this one, too.",
         {"learning_rate": 0.1},
     ),
     Proposal(Kind.PURIFY, "clp", frozenset({MODEL}), "The only one without any image, for networks with BatchNorm. It prunes outliers among channels: not for narrow networks."),
