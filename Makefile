@@ -1,7 +1,6 @@
 # The two commands a newcomer needs: make demo, make test.
 PYTHON ?= python3
 BIN := .venv/bin
-export PYTHONDONTWRITEBYTECODE = 1
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -16,7 +15,7 @@ demo: .venv/ready ## backdoor a small model, purify it through the service, prin
 	@$(BIN)/python -m benchmarks.demo
 
 test: .venv/ready ## every test, on every database, queue and object store
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: .venv/ready ## format, lint, types, import contracts, generated documents
 	$(BIN)/ruff format --check .

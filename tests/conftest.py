@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"the published model and CIFAR-10 are not in {SHARED} (set UNPOISON_SHARED)"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-    # Files run two at a time: a long one that begins last would run alone.
+    # Files run three at a time: a long one that begins last would run alone.
     items.sort(key=lambda item: next((place for place, name in enumerate(LONG) if name in item.nodeid), len(LONG)))
 
 

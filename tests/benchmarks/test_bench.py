@@ -24,7 +24,7 @@ FCT = {"method": "fct", "architecture": "the victim's", "epochs": 1, "tuning_epo
 TABLE: dict[str, Any] = {
     "title": "Small",
     "about": "Two rows.",
-    "columns": [{"name": "FT", "defense": {"method": "fine_tuning", "epochs": 2}}],
+    "columns": [{"name": "FT", "defense": {"method": "fine_tuning", "epochs": 2, "epoch_images": 0}}],
     "rows": [
         {"name": "none"},
         {"name": "Grid", "from": "Nobody", "attack": {"method": "badnets", "target": 1}, "paper": {"FT": {"asr": 1.5, "ba_excluding_target": 80.0}}},
