@@ -144,7 +144,7 @@ def check_success(success: float, target: int) -> None:
     if success < LEAST_SUCCESS:
         raise TriggerNotFound(
             f"the best trigger found sends {success:.1%} of the clean images to class {target}; at least {LEAST_SUCCESS:.0%} are needed to purify against it",
-            "Check the target; try more `inversion_epochs` or a smaller `mask_weight`; or use a method that needs no trigger, such as ft_sam.",
+            "Check the target; try more `inversion_epochs` or a smaller `mask_weight`; or use a method that needs no trigger, such as ft_sam with `learning_rate` 0.1.",
         )
 
 
