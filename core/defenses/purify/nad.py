@@ -44,7 +44,7 @@ class NAD(Repeating):
     title="Neural attention distillation",
     paper="Li et al., Neural Attention Distillation, ICLR 2021",
     needs=(Need.MODEL, Need.CLEAN_IMAGES, Need.CLEAN_LABELS),
-    caution="Its first epochs have a high rate: a WRN-16-1 with 2,500 clean images lost 1 to 7 points of accuracy. Small models with 300 lost up to 4; without crops (`augment`) they kept warps and blends, an ASR of up to 95 %.",
+    caution="Its first epochs have a high rate: a WRN-16-1 with 2,500 clean images lost 1 to 8 points of accuracy. Small models with 300 lost up to 4; without crops (`augment`) they kept warps and blends, an ASR of up to 95 %.",
 )
 def run(run: Run, inputs: Inputs, params: NAD) -> Outcome:
     """Fine-tune a teacher, then fine-tune the model with its attention maps held to the teacher's."""
