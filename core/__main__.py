@@ -48,8 +48,10 @@ def _run(folder: Path, emit: Any) -> int:
     from core.allocator import keep_freed_memory
     from core.errors import BadJob, Cancelled, EngineError
     from core.run import Run, repeatable
+    from core.uncompiled import leave_out_compiler
 
     keep_freed_memory()
+    leave_out_compiler()
     repeatable()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -25,7 +25,8 @@ def repeatable() -> None:
     It would also fill every new tensor, so that nothing can depend on what memory held before; all of ours are written before they are
     read, and the filling is a tenth of a training step on a CPU.
     """
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # The same as `use_deterministic_algorithms(True, warn_only=True)`, which imports torch's compiler to tell it, too.
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

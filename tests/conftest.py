@@ -6,11 +6,12 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 # Small models gain nothing from threads, and several processes that each want every core lose much.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,8 +37,6 @@ QUICK = {"method": "mcldef", "target": TARGET, "inversion_epochs": 6, "epochs": 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    import torch
-
     for item in items:
         if "real_data" in item.keywords and not (SHARED / "cases").exists():
             item.add_marker(pytest.mark.skip(reason=f"the published model and CIFAR-10 are not in {SHARED} (set UNPOISON_SHARED)"))
@@ -185,6 +184,8 @@ class Case:
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("digits")
     data = digits.load()
+    # The figure of the features takes its time with the number of images.
+    data = replace(data, test=data.test.subset(torch.arange(120)))
     attack = BadNets(method="badnets", target=TARGET)
     digits.trained(digits.poisoned(data.train, attack), folder / "suspect.safetensors", epochs=12)
     return Case(folder / "suspect.safetensors", digits.npz(data.clean, folder / "clean.npz"), digits.npz(data.test, folder / "test.npz"), data)

@@ -164,7 +164,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mcldef": {**QUICK, "rounds": 2},
     "mcldef_plus": {**RECOVERED, "correction_epochs": 2},
     "mcldef_true": {"attack": {"method": "badnets", "target": 5}, "epochs": 3, "epoch_images": 0, "settling_epochs": 2},
-    "mesa": {"target": 5, "epochs": 3, "epoch_images": 0, "mesa_epochs": 60},
+    "mesa": {"target": 5, "epochs": 3, "epoch_images": 0, "mesa_epochs": 30},
     "nc_unlearning": RECOVERED,
     "fine_tuning": {"epochs": 3, "epoch_images": 0},
     "fine_pruning": {"epochs": 3, "epoch_images": 0},
@@ -197,8 +197,7 @@ def lay_out(folder: Path, case: Case, method: str) -> Path:
     (folder / "inputs").mkdir(parents=True)
     (folder / "inputs" / "model.safetensors").write_bytes(case.model.read_bytes())
     case.data.clean.save(folder / "inputs" / "clean")
-    # The figure of the features takes its time with the number of images.
-    case.data.test.subset(torch.arange(120)).save(folder / "inputs" / "test")
+    case.data.test.subset(torch.arange(60)).save(folder / "inputs" / "test")
     spec = {
         "defense": {**SMALL.get(method, {}), "method": method},
         "model": "inputs/model.safetensors",
@@ -211,11 +210,6 @@ def lay_out(folder: Path, case: Case, method: str) -> Path:
         spec |= {"model": None, "suspect": "inputs/suspect"}
     (folder / "job.json").write_text(json.dumps(spec))
     return folder
-
-
-def child(folder: Path) -> tuple[int, list[dict[str, Any]]]:
-    done = subprocess.run([sys.executable, "-m", "core", str(folder)], capture_output=True, text=True, check=False)
-    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def engine(folder: Path, *, stop_after: int = 0) -> tuple[int, list[dict[str, Any]]]:
@@ -234,7 +228,7 @@ def engine(folder: Path, *, stop_after: int = 0) -> tuple[int, list[dict[str, An
             return core.__main__._run(folder, emit), events
     finally:
         signal.signal(signal.SIGTERM, before)
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", [name for name, method in catalog.defenses().items() if method.kind is not Kind.EVALUATE])
@@ -281,7 +275,7 @@ def test_evaluate_measures_with_the_attack_or_with_triggered_images(case: Case, 
     assert not (folder / "out" / "model.safetensors").exists()
 
     trigger = poisoning.declared(BadNets(method="badnets", target=5), (1, 16, 16), 10)
-    test = case.data.test.subset(torch.arange(120))
+    test = case.data.test.subset(torch.arange(60))
     labels = test.labels
     assert labels is not None
     ImageSet(trigger.stamp(test.images), labels).save(folder / "inputs" / "triggered")
@@ -333,15 +327,30 @@ def test_an_engine_without_supervisor_ends(case: Case, tmp_path: Path) -> None:
 
 def test_mcldef_finds_the_target_itself(case: Case, tmp_path: Path) -> None:
     folder = lay_out(tmp_path / "job", case, "mcldef")
+    case.data.clean.subset(torch.arange(64)).save(folder / "inputs" / "clean")
     spec = json.loads((folder / "job.json").read_text())
     del spec["defense"]["target"]
     (folder / "job.json").write_text(json.dumps(spec))
-    code, events = child(folder)
+    code, events = engine(folder)
     assert code == 0, events[-1]
     findings = events[-1]["data"]["findings"]
     assert findings["target"] == 5
     norms = findings["inspection"]["mask_norms"]
     assert min(norms) == norms[5] and findings["inspection"]["anomaly_index"][5] > 2
+
+
+def test_an_engine_does_without_torchs_compiler_and_could_have_it(case: Case, tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "job", case, "fine_tuning")
+    script = (
+        "import sys, torch, core.__main__\n"
+        "assert core.__main__.main(sys.argv[1:]) == 0\n"
+        "assert torch.get_deterministic_debug_mode() == 1\n"
+        "assert not [name for name in sys.modules if name.startswith(('torch._dynamo.', 'torch._inductor'))]\n"
+        "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)) == 2\n"
+        "assert 'torch._dynamo.eval_frame' in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_page_escapes_what_users_wrote(case: Case, tmp_path: Path) -> None:
@@ -380,10 +389,10 @@ def test_an_encoder_is_purified_without_its_labels_and_measured_by_a_probe(case:
     for name in ("given", "shuffled"):
         folder = lay_out(tmp_path / name, case, "cbd")
         weights.save(encoder, folder / "inputs" / "model.safetensors")
-        clean = case.data.clean.subset(torch.arange(64))
+        clean = case.data.clean.subset(torch.arange(32))
         assert clean.labels is not None
         if name == "shuffled":
-            clean = replace(clean, labels=clean.labels[torch.randperm(64, generator=torch.Generator().manual_seed(1))])
+            clean = replace(clean, labels=clean.labels[torch.randperm(32, generator=torch.Generator().manual_seed(1))])
         clean.save(folder / "inputs" / "clean")
         spec = json.loads((folder / "job.json").read_text())
         spec["defense"] = {"method": "cbd", "epochs": 1, "steps": 1, "batch_size": 32}
@@ -392,7 +401,7 @@ def test_an_encoder_is_purified_without_its_labels_and_measured_by_a_probe(case:
         assert code == 0, events[-1]
         report = events[-1]["data"]
         assert report["recognised"]["architecture"] == "resnet18-supcontrast" and report["model"]["description"]["embedding"]
-        assert report["before"]["ba"]["n"] == report["after"]["ba"]["n"] == 120 and "asr" in report["after"]
+        assert report["before"]["ba"]["n"] == report["after"]["ba"]["n"] == 60 and "asr" in report["after"]
         shas.append(report["model"]["sha256"])
     # No label was touched: other labels, the same weights.
     assert shas[0] == shas[1]
