@@ -28,6 +28,11 @@ def unpoison(stack: Stack, *arguments: str, key: str, **more: str) -> subprocess
     return subprocess.run([sys.executable, "-m", "client.cli", *arguments], capture_output=True, text=True, env=environment, check=False)
 
 
+# What the command line says is the same on every stack, and each of its commands starts Python.
+on_one_stack = pytest.mark.parametrize("service", ["laptop"], indirect=True)
+
+
+@on_one_stack
 def test_a_session(service: Stack, case: Case, tmp_path: Path) -> None:
     key = service.make_key()
 
@@ -73,6 +78,7 @@ def test_a_session(service: Stack, case: Case, tmp_path: Path) -> None:
     assert "not_found" in unpoison(service, "jobs", "show", job, key=key).stderr
 
 
+@on_one_stack
 def test_a_training_set_is_cleansed(service: Stack, case: Case, tmp_path: Path) -> None:
     key = service.make_key()
 

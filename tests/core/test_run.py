@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -146,11 +147,18 @@ def test_every_method_describes_itself(name: str) -> None:
 
 @pytest.mark.parametrize("name", catalog.defenses())
 def test_parameters_are_bounded(name: str) -> None:
-    for key, part in catalog.defenses()[name].params.model_json_schema()["properties"].items():
+    params = catalog.defenses()[name].params
+    for key, part in params.model_json_schema()["properties"].items():
         for piece in [part, *part.get("anyOf", ())]:
             if piece.get("type") in ("integer", "number"):
                 assert {"minimum", "exclusiveMinimum"} & set(piece), key
                 assert {"maximum", "exclusiveMaximum"} & set(piece), key
+                lowest, highest = (piece.get(end, piece.get(f"exclusive{end.capitalize()}")) for end in ("minimum", "maximum"))
+                beyond = [piece[end] for end in ("exclusiveMinimum", "exclusiveMaximum") if end in piece]
+                for value in (lowest - 1, highest + 1, float("nan"), float("inf"), "", True, [], *beyond):
+                    with pytest.raises(ValidationError) as refused:
+                        params.model_validate({"method": name, key: value})
+                    assert any(error["loc"][:1] == (key,) or key in error["msg"] for error in refused.value.errors()), (key, value)
 
 
 ENCODER = {"architecture": "wrn-10-1", "encoder_epochs": 3, "encoder_batch": 64}
