@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-# Small models gain nothing from threads, and several processes that each want every core lose much.
+# Small models gain nothing from threads, and several processes that each want every core lose much. torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
 
 from benchmarks import digits
 from core.attacks.badnets import BadNets

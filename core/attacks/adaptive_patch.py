@@ -24,7 +24,9 @@ class AdaptivePatch(AttackParams):
     method: Literal["adaptive_patch"]
     sampling: Sampling = sampling_field("S7")
     size: int = Field(default=3, ge=1, le=512, title="Size", description="Side of the patch in the top left corner, pixels: 3, 7 or 11 in the paper.")
-    images: int | None = Field(default=None, ge=1, title="Images", description="How many images of other classes it is optimised on; all when left out.")
+    images: int | None = Field(
+        default=None, ge=1, le=100_000_000, title="Images", description="How many images of other classes it is optimised on; all when left out."
+    )
     epochs: int = Field(default=10, ge=1, le=10_000, title="Epochs")
     learning_rate: float = Field(default=0.05, gt=0, le=10, title="Learning rate", description="Adam's.")
     batch_size: int = Field(default=256, ge=1, le=65_536, title="Batch size")

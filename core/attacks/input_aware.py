@@ -34,7 +34,7 @@ class InputAware(AttackParams):
     diversity: float = Field(
         default=1, ge=0, le=100, title="Diversity", description="Weight of the diversity loss, which keeps triggers of different images apart."
     )
-    images: int = Field(default=10_000, ge=2, title="Images", description="How many training images the generators learn from.")
+    images: int = Field(default=10_000, ge=2, le=100_000_000, title="Images", description="How many training images the generators learn from.")
     mask_epochs: int = Field(default=3, ge=1, le=1000, title="Mask epochs", description="25 in the paper.")
     epochs: int = Field(default=5, ge=1, le=1000, title="Epochs", description="Of generator and surrogate together; 100 in the paper.")
     batch_size: int = Field(default=128, ge=4, le=4096, title="Batch size")

@@ -31,7 +31,7 @@ class Ssba(AttackParams):
     sampling: Sampling = sampling_field("S2")
     psnr: float = Field(default=29, ge=20, le=45, title="PSNR", description="How near the images must stay, dB; the published pairs have 26 to 30.")
     reach: float = Field(default=0.25, gt=0, le=1, title="Reach", description="The most a pixel may change, of 1.")
-    images: int = Field(default=10_000, ge=1, title="Images", description="How many training images the encoder learns from.")
+    images: int = Field(default=10_000, ge=1, le=100_000_000, title="Images", description="How many training images the encoder learns from.")
     epochs: int = Field(default=8, ge=1, le=1000, title="Epochs")
     learning_rate: float = Field(default=2e-3, gt=0, le=1, title="Learning rate", description="Adam's.")
     batch_size: int = Field(default=64, ge=1, le=4096, title="Batch size")
