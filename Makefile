@@ -7,7 +7,8 @@ help: ## show this list
 
 .venv/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --require-hashes -r constraints.txt
+	@# Most of what is installed is never imported, so that bytecode is left to the first import.
+	$(BIN)/python -m pip install --quiet --no-compile --require-hashes -r constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 

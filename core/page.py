@@ -29,6 +29,8 @@ WIDTH, HEIGHT = 320, 180
 POINTS, POISONED = 240, 60
 # Images of a training set in the figure of its embedding, and the most suspicious ones that are shown.
 EMBEDDED, SHOWN = 1500, 60
+# Of t-SNE's descent.
+ROUNDS = 1000
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c755f", "#76b7b2", "#edc948", "#ff9da7", "#bab0ac")
 
 
@@ -98,7 +100,7 @@ def flattened(vectors: np.ndarray, colours: list[str]) -> list[dict[str, Any]]:
 
     if len(vectors) < 10 or not np.ptp(vectors, axis=0).any():
         return []
-    placed = TSNE(2, perplexity=min(30, len(vectors) // 4), init="pca", random_state=0).fit_transform(vectors)
+    placed = TSNE(2, perplexity=min(30, len(vectors) // 4), max_iter=ROUNDS, init="pca", random_state=0).fit_transform(vectors)
     low, spread = placed.min(0), np.maximum(np.ptp(placed, axis=0), 1e-9)
     scaled = (placed - low) / spread * (WIDTH - 8, HEIGHT - 8) + 4
     return [{"x": round(float(x), 1), "y": round(float(y), 1), "colour": colour} for (x, y), colour in zip(scaled, colours, strict=True)]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from core.architectures import Architecture, recognise
+from core.architectures.network import only_shapes
 from core.architectures.recognise import IGNORED, Shapes
 from core.classifier import Classifier, Preprocessing
 from core.errors import ArchitectureMismatch, ArchitectureUnknown, BadDataset, BadJob, BadWeights
@@ -100,7 +101,7 @@ def contradictions(shapes: Shapes, architecture: Architecture) -> None:
 
     Raises `ArchitectureMismatch` when a tensor is missing, left over or of another shape.
     """
-    with torch.device("meta"):
+    with only_shapes():
         wanted = {name: tuple(value.shape) for name, value in architecture.build().state_dict().items()}
     given = {architecture.ours(name): tuple(shape) for name, shape in shapes.items() if not IGNORED.search(name)}
     problems = [f"{name} is missing" for name in wanted if name not in given and not name.endswith("num_batches_tracked")]

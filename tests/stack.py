@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import resource
 import signal
@@ -20,6 +21,7 @@ from typing import Any
 import psutil
 import sqlalchemy as sa
 
+import service.__main__
 from client import Client
 from store import keys
 from store.database import Database
@@ -32,6 +34,11 @@ FAST = {
     "UNPOISON_SWEEP_SECONDS": "0.5",
     "UNPOISON_CHECKPOINT_SECONDS": "0",
 }
+# Importing the API takes seconds of CPU: one process does it, and every API is a fork of that one.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["service.app", "tests.stack"])
+
+Process = subprocess.Popen[bytes] | psutil.Process
 
 
 @dataclass
@@ -41,7 +48,7 @@ class Stack:
     folder: Path
     environment: dict[str, str]
     port: int = 0
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    processes: list[Process] = field(default_factory=list)
     key: str = ""
 
     @property
@@ -58,28 +65,18 @@ class Stack:
     def objects(self) -> Objects:
         return Objects(self.environment["UNPOISON_OBJECTS_URL"])
 
-    def start(self, *module: str, file_bytes: int | None = None, **more: str) -> subprocess.Popen[bytes]:
-        log = (self.folder / f"{module[0]}-{len(self.processes)}.log").open("wb")
-        process = subprocess.Popen(
-            [sys.executable, "-m", *module],
-            env={**os.environ, **self.environment, **more},
-            cwd=ROOT,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            preexec_fn=None if file_bytes is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes)),
-        )
-        log.close()
-        self.processes.append(process)
-        return process
-
-    def start_api(self, *, file_bytes: int | None = None) -> subprocess.Popen[bytes]:
+    def start_api(self, *, file_bytes: int | None = None) -> psutil.Process:
         self.port = self.port or free_port()
-        process = self.start("service", "api", file_bytes=file_bytes, UNPOISON_PORT=str(self.port))
+        environment = {**os.environ, **self.environment, "UNPOISON_PORT": str(self.port)}
+        # A daemon, so that none outlives the tests.
+        fork = FORKS.Process(target=serve, args=(environment, self._log("service"), file_bytes), daemon=True)
+        fork.start()
+        process = psutil.Process(fork.pid)
+        self.processes.append(process)
         # Starting takes seconds, but half a minute on a slow machine, and several may start at once.
         until = time.monotonic() + 180
         while time.monotonic() < until:
-            assert process.poll() is None, self.logs()
+            assert process.is_running(), self.logs()
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"{self.url}/livez", timeout=1).close()
                 return process
@@ -87,7 +84,14 @@ class Stack:
         raise AssertionError(self.logs())
 
     def start_worker(self) -> subprocess.Popen[bytes]:
-        return self.start("worker")
+        environment = {**os.environ, **self.environment}
+        with self._log("worker").open("wb") as log:
+            process = subprocess.Popen([sys.executable, "-m", "worker"], env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        self.processes.append(process)
+        return process
+
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name}-{len(self.processes)}.log"
 
     def client(self, *, tenant: str | None = None, scopes: tuple[str, ...] = keys.SCOPES, **more: Any) -> Client:
         """Return a client with a key of its own (and, unless named, a tenant of its own)."""
@@ -117,7 +121,21 @@ class Stack:
             self._database.engine.dispose()
 
 
-def kill(process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
+def serve(environment: dict[str, str], log: Path, file_bytes: int | None) -> None:
+    """Become `python -m service api`."""
+    os.setsid()
+    os.chdir(ROOT)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    sys.exit(service.__main__.main(["api"]))
+
+
+def kill(process: Process, number: int = signal.SIGKILL) -> None:
     """Signal a process and, for SIGKILL, wait until it is gone."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process.pid, number)

@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from core.architectures.network import only_shapes
 from core.architectures.recognise import Architecture, Shapes, families
 from core.architectures.torchvision_whole import Whole, digest
 
@@ -77,7 +77,7 @@ def index() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for model in timm.list_models():
         try:
-            with torch.device("meta"):
+            with only_shapes():
                 whole: Any = _make(model, 10)
         except (RuntimeError, NotImplementedError, ValueError, TypeError):
             # A few compute with their weights while they are made.

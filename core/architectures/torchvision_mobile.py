@@ -9,10 +9,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import nn
 
-from core.architectures.network import Convolutional
+from core.architectures.network import Convolutional, only_shapes
 from core.architectures.recognise import Architecture, Shapes
 
 FAMILY = "torchvision_mobile"
@@ -79,6 +78,6 @@ def build(options: dict[str, Any]) -> Convolutional:
 
 @functools.cache
 def _shapes(model: str, fine: bool) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
+    with only_shapes():
         network = build({"model": model, "fine": fine, "classes": 10, "channels": 3})
     return {name: tuple(value.shape) for name, value in network.state_dict().items()}

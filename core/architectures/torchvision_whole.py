@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from core.architectures.network import Network
+from core.architectures.network import Network, only_shapes
 from core.architectures.recognise import Architecture, Shapes
 
 FAMILY = "torchvision_whole"
@@ -143,7 +143,7 @@ def index() -> dict[str, Any]:
     for model in models.list_models(module=models):
         if model.startswith(ELSEWHERE + SKIPPED):
             continue
-        with torch.device("meta"):
+        with only_shapes():
             whole = _make(model, 10)
         head = [name for name, module in whole.named_modules() if isinstance(module, nn.Linear)][-1]
         found[digest({name: tuple(value.shape) for name, value in whole.state_dict().items()}, head)] = {"model": model, "head": head}

@@ -25,7 +25,7 @@ def test_a_backdoored_model_comes_back_purified(service: Stack, case: Case, tmp_
     with service.client() as client:
         uploaded = upload(client, case)
         assert uploaded.model["description"]["architecture"] == "wrn-10-1"
-        job = uploaded.job(client, inversion_epochs=60, epochs=20)
+        job = uploaded.job(client, measured=True, inversion_epochs=60, epochs=20)
         assert job["status"] == "queued"
         events = list(client.jobs.stream(job["id"]))
         job = client.jobs.get(job["id"])

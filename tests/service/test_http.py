@@ -184,7 +184,7 @@ def test_another_tenants_things_do_not_exist(api: Stack, case: Case) -> None:
 def test_deleting_is_refused_while_something_needs_it(api: Stack, case: Case) -> None:
     with api.client(retries=0) as client:
         uploaded = upload(client, case)
-        job = uploaded.job(client)
+        job = uploaded.job(client, measured=True)
         for kind, thing in ((client.models, uploaded.model), (client.datasets, uploaded.clean), (client.datasets, uploaded.test)):
             with pytest.raises(ApiError) as refusal:
                 kind.delete(thing["id"])
