@@ -34,9 +34,9 @@ FAST = {
     "UNPOISON_SWEEP_SECONDS": "0.5",
     "UNPOISON_CHECKPOINT_SECONDS": "0",
 }
-# Importing the API takes seconds of CPU: one process does it, and every API is a fork of that one.
+# Importing the API and what it loads in the background takes seconds of CPU: one process does it, and every API is a fork of that one.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["service.app", "tests.stack"])
+FORKS.set_forkserver_preload(["service.app", "torchvision", "tests.stack"])
 
 Process = subprocess.Popen[bytes] | psutil.Process
 
