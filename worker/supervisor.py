@@ -5,11 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
-import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,19 +15,18 @@ from typing import Any
 import structlog
 
 from intake import door
-from store import audit, idempotency, ids, jobs, library, transfers
+from store import ids, jobs, library
 from store.database import Database
 from store.errors import LostLease, NotFound, StoreUnavailable
 from store.objects import Objects
 from store.settings import Settings
 from store.tables import Artifact, Dataset, Job, Model
+from worker.child import Child
 from worker.lease import Lease
 
 logger = structlog.get_logger()
-GRACE_SECONDS = 2.0
 TICK_SECONDS = 0.1
 EXIT_FAILED = 3
-ENGINE = [sys.executable, "-m", "worker.engine"]
 
 
 class Stopped(Exception):
@@ -75,11 +70,8 @@ class _Attempt:
     def __init__(self, settings: Settings, database: Database, objects: Objects, job: Job, draining: Callable[[], bool]) -> None:
         self._settings, self._database, self._objects, self._job = settings, database, objects, job
         self._draining = draining
-        self._command = shlex.split(settings.engine_command) or ENGINE
         self._folder = settings.scratch / "jobs" / f"{job.id}-{job.attempt}-{os.getpid()}"
-        self._child: subprocess.Popen[bytes] | None = None
-        self._lines: queue.Queue[bytes | None] = queue.Queue()
-        self._errors: list[bytes] = []
+        self._engine: Child | None = None
         self._waiting: list[dict[str, Any]] = []
         self._artifacts: dict[str, dict[str, Any]] = {}
         self._metrics: dict[str, float] = {}
@@ -98,8 +90,8 @@ class _Attempt:
         """Do it; return what became of the job."""
         try:
             self._fetch()
-            self._start()
-            code = self._follow()
+            self._engine = engine = Child(self._settings, self._folder)
+            code = self._follow(engine)
             if code == 0 and self._job.kind == "cleanse":
                 self._rewrite()
         except Stopped as stop:
@@ -122,7 +114,7 @@ class _Attempt:
             return self._insist(lambda: self._fail(why))
         if code == 0 and self._results is not None:
             return self._insist(self._succeed)
-        tail = b"".join(self._errors[-20:]).decode(errors="replace").strip().rsplit("\n", 1)[-1][:300]
+        tail = engine.last_words()
         return self._insist(lambda: self._crashed(f"the engine ended with code {code}{': ' + tail if tail else ''}"))
 
     def clear(self) -> None:
@@ -169,57 +161,27 @@ class _Attempt:
         }
         (self._folder / "job.json").write_text(json.dumps(spec))
 
-    def _start(self) -> None:
-        limits = {"memory": self._settings.engine_memory_bytes, "file_bytes": self._settings.engine_file_bytes}
-        kept = ("PATH", "LANG", "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "VIRTUAL_ENV", "TMPDIR")
-        environment = {name: os.environ[name] for name in kept if name in os.environ}
-        root = str(Path(__file__).resolve().parent.parent)
-        environment |= {
-            "PYTHONPATH": os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")])),
-            "PYTHONUNBUFFERED": "1",
-            "UNPOISON_ENGINE_LIMITS": json.dumps(limits),
-        }
-        self._child = subprocess.Popen(
-            [*self._command, str(self._folder)], env=environment, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        threading.Thread(target=self._listen, args=(self._child,), daemon=True).start()
-        threading.Thread(target=self._overhear, args=(self._child,), daemon=True).start()
-
-    def _listen(self, child: subprocess.Popen[bytes]) -> None:
-        assert child.stdout is not None
-        for line in child.stdout:
-            self._lines.put(line)
-        self._lines.put(None)
-
-    def _overhear(self, child: subprocess.Popen[bytes]) -> None:
-        assert child.stderr is not None
-        for line in child.stderr:
-            self._errors.append(line[:2000])
-            del self._errors[:-50]
-
     # -- while it runs --------------------------------------------------------------------------------------------
 
-    def _follow(self) -> int:
+    def _follow(self, engine: Child) -> int:
         """Handle the engine's events until it ends; return its exit code.
 
         Raises `Stopped`, `LostLease`.
         """
-        assert self._child is not None
         ended = False
         while not ended:
             try:
-                line = self._lines.get(timeout=TICK_SECONDS)
+                line = engine.lines.get(timeout=TICK_SECONDS)
                 while line is not None:
                     self._hear(line)
-                    line = self._lines.get_nowait()
+                    line = engine.lines.get_nowait()
                 ended = True
             except queue.Empty:
                 pass
             self._check()
             if self._waiting and (ended or time.monotonic() - self._flushed_at >= 0.5):
                 self._flush()
-        return self._child.wait()
+        return engine.wait()
 
     def _check(self) -> None:
         """Stop for a cancel, the job's time limit, a shutdown, or because the job is another's.
@@ -424,65 +386,9 @@ class _Attempt:
                 pause = min(2 * pause, 5.0)
 
     def _kill(self) -> None:
-        """End the engine's whole process group: politely, then not."""
-        child = self._child
-        if child is None:
-            return
-        for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, 10.0)):
-            try:
-                os.killpg(child.pid, number)
-            except ProcessLookupError:
-                break
-            try:
-                child.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
-        child.wait()
-        if child.stdin is not None:
-            child.stdin.close()
-        self._child = None
-
-
-def sweep(settings: Settings, database: Database, objects: Objects, announce: Callable[[str], bool]) -> None:
-    """Take back the jobs of dead workers, ring again for what waits, remove what nothing needs.
-
-    Raises `StoreError` when a floor does not answer; the next sweep tries again.
-    """
-    with database.read() as session:
-        dead = jobs.expired(session)
-    for job_id, fence in dead:
-        try:
-            with database.write() as session:
-                jobs.crashed(session, job_id, fence, reason="its worker was not heard of any more", max_crashes=settings.max_crashes, only_expired=True)
-        except LostLease:
-            continue
-    with database.write() as session:
-        waiting = jobs.unannounced(session, older_than_seconds=max(6 * settings.sweep_seconds, 5.0))
-    for job_id in waiting:
-        if not announce(job_id):
-            break
-
-
-def tidy(settings: Settings, database: Database, objects: Objects) -> None:
-    """Remove objects that no row needs, what killed processes left half written, and old answers.
-
-    Raises `StoreError`.
-    """
-    # Listed first: an upload's row is older than its first part.
-    owners = objects.part_owners()
-    with database.write() as session:
-        gone = library.unreferenced(session, older_than_seconds=3600)
-        idempotency.forget_expired(session)
-        transfers.forget_expired(session)
-        uploads = transfers.known(session)
-        audit.forget_old(session, older_than_seconds=86_400 * settings.audit_days)
-    for sha256 in gone:
-        objects.delete(sha256)
-    # A URL outlives its upload for a while, so parts may come that nobody waits for.
-    for owner in owners - uploads:
-        objects.forget_parts(owner)
-    # Longer than the longest reading of an upload, which keeps a folder there.
-    objects.forget_incoming(settings.scratch, older_than_seconds=settings.intake_seconds + 3600)
+        if self._engine is not None:
+            self._engine.kill()
+            self._engine = None
 
 
 def _evaluation(requested: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from store.database import Database
 from store.errors import StoreError
 from store.objects import Objects
 from store.settings import Settings
-from worker import supervisor
+from worker import supervisor, sweeper
 
 logger = structlog.get_logger()
 settings = Settings()
@@ -80,10 +80,10 @@ def _sweep_for_ever() -> None:
             queue.make_folder(settings.queue)
             settings.scratch.mkdir(parents=True, exist_ok=True)
             (settings.scratch / "worker-alive").touch()
-            supervisor.sweep(settings, database, objects, lambda job_id: queue.announce(app, job_id))
+            sweeper.sweep(settings, database, lambda job_id: queue.announce(app, job_id))
             if time.monotonic() - tidied_at > 600:
                 tidied_at = time.monotonic()
-                supervisor.tidy(settings, database, objects)
+                sweeper.tidy(settings, database, objects)
         except (StoreError, OSError) as error:
             logger.warning("sweep failed, next one tries again", error=str(error))
         time.sleep(settings.sweep_seconds)

@@ -25,7 +25,7 @@ from store.settings import Settings
 from store.tables import Object, Transfer, TransferPart
 from tests.conftest import Case, StackMaker
 from tests.stack import Stack, kill
-from worker import supervisor
+from worker import sweeper
 
 
 def big(path: Path, size: int = 1500) -> Path:
@@ -242,11 +242,11 @@ def test_large_files_go_straight_to_the_object_store(direct: Stack, tmp_path: Pa
         assert transport._http.post(f"{where}/urls").json()["code"] == "upload_mode"
         for url in (str(there[0].url), first["url"]):
             assert httpx.put(url, content=b"x" * 100_000).status_code == 200
-        supervisor.tidy(Settings(data_folder=direct.folder), direct.database, direct.objects)
+        sweeper.tidy(Settings(data_folder=direct.folder), direct.database, direct.objects)
         assert direct.objects.parts(upload) != {} != direct.objects.parts(where.rsplit("/", 1)[-1]), "a finished upload is known until it expires"
         with direct.database.write() as session:
             session.execute(sa.update(Transfer).values(expires_at=0.0))
-        supervisor.tidy(Settings(data_folder=direct.folder), direct.database, direct.objects)
+        sweeper.tidy(Settings(data_folder=direct.folder), direct.database, direct.objects)
         assert direct.objects.part_owners() == set()
 
 
@@ -325,15 +325,15 @@ def test_abandoned_uploads_are_forgotten(make_stack: StackMaker, case: Case) -> 
         assert send(http, where, 0, b"some bytes").status_code == 204
         digest = hashlib.sha256(b"some bytes").hexdigest()
         settings = Settings(data_folder=stack.folder, objects_url=stack.environment["UNPOISON_OBJECTS_URL"])
-        supervisor.tidy(settings, stack.database, stack.objects)
+        sweeper.tidy(settings, stack.database, stack.objects)
         assert stack.objects.exists(digest)
         time.sleep(1.6)
         assert http.head(where).status_code == 404
         with stack.database.write() as session:
             session.execute(sa.update(Object).values(touched_at=Object.touched_at - 7200))
-        supervisor.tidy(settings, stack.database, stack.objects)
+        sweeper.tidy(settings, stack.database, stack.objects)
         # The rows go first, then nothing holds the bytes.
-        supervisor.tidy(settings, stack.database, stack.objects)
+        sweeper.tidy(settings, stack.database, stack.objects)
         with stack.database.read() as session:
             assert session.scalars(sa.select(Transfer)).all() == [] == session.scalars(sa.select(TransferPart)).all()
         assert not stack.objects.exists(digest)

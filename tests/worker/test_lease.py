@@ -12,7 +12,7 @@ import pytest
 from store.objects import Objects
 from store.settings import Settings
 from tests.conftest import Case, StackMaker, upload
-from worker import supervisor
+from worker import supervisor, sweeper
 
 
 class SlowObjects(Objects):
@@ -36,16 +36,16 @@ def test_a_slow_store_does_not_cost_the_job(make_stack: StackMaker, case: Case, 
 
     def sweep() -> None:
         while not ended.wait(0.2):
-            supervisor.sweep(settings, stack.database, stack.objects, lambda job_id: True)
+            sweeper.sweep(settings, stack.database, lambda job_id: True)
 
     with stack.client() as client:
         job = upload(client, case).job(client)
-        sweeper = threading.Thread(target=sweep)
-        sweeper.start()
+        sweeping = threading.Thread(target=sweep)
+        sweeping.start()
         try:
             outcome = supervisor.run(settings, stack.database, SlowObjects(stack.environment["UNPOISON_OBJECTS_URL"]), job["id"], owner="test")
         finally:
             ended.set()
-            sweeper.join()
+            sweeping.join()
         found = client.jobs.get(job["id"])
     assert (outcome, found["status"], found["attempt"]) == ("succeeded", "succeeded", 1)
