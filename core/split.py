@@ -146,6 +146,33 @@ def acquitted(verdict: Verdict, evidence: str, confirmed: torch.Tensor, judge: s
     return "inconclusive", f"the {judge} confirms only {share:.0%} of the labels, train it longer; {evidence}"
 
 
+def among_strangers(labels: torch.Tensor, predicted: torch.Tensor, confirmed: torch.Tensor, classes: int, *, judge: str) -> tuple[Verdict, str, int | None]:
+    """Return verdict, evidence and class of a set from a judge that did not learn from all of its labels.
+
+    Args:
+        labels: (N,), as given. predicted: (N,), what the judge takes the images for.
+        confirmed: (N,) bool, the images whose labels it believes.
+        judge: what it is.
+    """
+    shares = shares_among_strangers(labels, predicted, classes)
+    verdict, evidence, target = stands_out(shares, "the share of its label among the least similar images", image=classes / len(labels))
+    return *acquitted(verdict, evidence, confirmed, judge), target
+
+
+def shares_among_strangers(labels: torch.Tensor, predicted: torch.Tensor, classes: int) -> list[float]:
+    """Return for each label its share among the images that look like the classes it is hardly ever mistaken for (the tenth percentile over classes).
+
+    Classes that are alike share their labels in any set; a label among all kinds of images, however unlike, is an attack's.
+
+    Args:
+        labels: (N,), as given. predicted: (N,), what the judge takes the images for.
+    """
+    counts = torch.zeros(classes, classes, dtype=torch.float64, device=labels.device)
+    counts.view(-1).index_add_(0, labels * classes + predicted, torch.ones(len(labels), dtype=torch.float64, device=labels.device))
+    shares = (counts / counts.sum(0).clamp(min=1)).cpu().numpy()
+    return [float(np.quantile(np.delete(shares[label], label), 0.1)) for label in range(classes)]
+
+
 def summary(split: Split, given: torch.Tensor, classes: int) -> dict[str, Any]:
     """Return the counts and histograms of a settled split, JSON."""
     given = given.to(split.labels.device)

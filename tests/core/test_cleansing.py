@@ -16,7 +16,7 @@ from core import split as splits
 from core.activations import collect
 from core.attacks.badnets import BadNets
 from core.catalog import Inputs
-from core.defenses.cleanse import beatrix, scan, spectral_signatures, ssl_cleanse
+from core.defenses.cleanse import beatrix, scan, spectral_signatures
 from core.defenses.cleanse.fct import FCT
 from core.errors import ClassMissing, ClassTooSmall, LabelsMissing, NotEnoughCleanData, OneClassOnly, SplitEmpty
 from core.images import ImageSet
@@ -71,9 +71,9 @@ def test_wrong_labels_alone_are_not_called_poison() -> None:
         draw = torch.Generator().manual_seed(seed)
         truth = torch.randint(10, (1300,), generator=draw)
         given = torch.where(torch.rand(1300, generator=draw) < 0.1, torch.randint(10, (1300,), generator=draw), truth)
-        verdicts.append(splits.stands_out(ssl_cleanse.among_strangers(given, truth, 10), "x", image=1 / 130)[0])
+        verdicts.append(splits.stands_out(splits.shares_among_strangers(given, truth, 10), "x", image=1 / 130)[0])
         poisoned = torch.where(torch.rand(1300, generator=draw) < 0.05, 5, given)
-        assert splits.stands_out(ssl_cleanse.among_strangers(poisoned, truth, 10), "x", image=1 / 130)[2] == 5
+        assert splits.stands_out(splits.shares_among_strangers(poisoned, truth, 10), "x", image=1 / 130)[2] == 5
     assert verdicts.count("poisoned") <= 1
 
 

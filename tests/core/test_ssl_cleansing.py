@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks import digits
 from core import encoders, training
+from core import split as splits
 from core.attacks.badnets import BadNets
 from core.defenses.cleanse import ssl_cleanse
 from core.defenses.cleanse.ssl_cleanse import SSLCleanse, judge
@@ -122,9 +123,9 @@ def test_a_label_among_strangers_is_poison_and_one_among_its_like_is_not() -> No
     looks = torch.arange(4).repeat_interleave(100)
     labels = looks.clone()
     labels[:30], labels[100:130] = 1, 0
-    assert ssl_cleanse.among_strangers(labels, looks, 4) == pytest.approx([0.0, 0.0, 0.0, 0.0])
+    assert splits.shares_among_strangers(labels, looks, 4) == pytest.approx([0.0, 0.0, 0.0, 0.0])
     labels[90:100] = labels[190:200] = labels[290:300] = 3
-    assert ssl_cleanse.among_strangers(labels, looks, 4) == pytest.approx([0.0, 0.0, 0.0, 0.1])
+    assert splits.shares_among_strangers(labels, looks, 4) == pytest.approx([0.0, 0.0, 0.0, 0.1])
 
 
 def test_an_encoder_that_knows_little_never_says_that_a_set_is_clean() -> None:

@@ -13,7 +13,7 @@ from core.catalog import Inputs, Need, Outcome, defense
 from core.encoders import Encoding
 from core.neighbours import Neighbourhood, neighbourhood
 from core.run import Run
-from core.split import Cleansing, Split, acquitted, stands_out
+from core.split import Cleansing, Split, among_strangers
 
 REASONS = (
     "its nearest neighbours carry another label",
@@ -82,10 +82,7 @@ def judge(near: Neighbourhood, labels: torch.Tensor, params: SSLCleanse) -> tupl
     corrected &= ~accepted & params.relabel
     predicted = opinions[used[0]][0]
     scores = contradiction(near, labels, params.filter)
-    classes = near.votes.shape[1]
-    strangers = among_strangers(labels, predicted, classes)
-    verdict, evidence, target = stands_out(strangers, "the share of its label among the least similar images", image=classes / len(labels))
-    verdict, evidence = acquitted(verdict, evidence, accepted, "encoder")
+    verdict, evidence, target = among_strangers(labels, predicted, accepted, near.votes.shape[1], judge="encoder")
     split = Split(
         labels=torch.where(corrected, predicted, labels), kept=accepted | corrected, scores=scores, clean=accepted, suspect=~accepted,
         why=torch.full_like(labels, ("knn", "energy", "both").index(params.filter)), reasons=REASONS, verdict=verdict, evidence=evidence, target=target,
@@ -98,20 +95,6 @@ def contradiction(near: Neighbourhood, labels: torch.Tensor, by: str) -> torch.T
     strength = near.energies if by == "energy" else near.votes / near.votes.sum(1, keepdim=True)
     own = strength.gather(1, labels[:, None])[:, 0]
     return strength.max(1).values - own
-
-
-def among_strangers(labels: torch.Tensor, predicted: torch.Tensor, classes: int) -> list[float]:
-    """Return for each label its share among the images that look like the classes it is hardly ever mistaken for (the tenth percentile over classes).
-
-    Classes that are alike share their labels in any set; a label among all kinds of images, however unlike, is an attack's.
-
-    Args:
-        labels: (N,), as given. predicted: (N,), what the embedding says.
-    """
-    counts = torch.zeros(classes, classes, dtype=torch.float64, device=labels.device)
-    counts.view(-1).index_add_(0, labels * classes + predicted, torch.ones(len(labels), dtype=torch.float64, device=labels.device))
-    shares = (counts / counts.sum(0).clamp(min=1)).cpu().numpy()
-    return [float(np.quantile(np.delete(shares[label], label), 0.1)) for label in range(classes)]
 
 
 def _percentile(values: torch.Tensor, percent: float) -> float:

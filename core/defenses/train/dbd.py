@@ -18,7 +18,7 @@ from core.images import ImageSet, as_floats
 from core.losses import symmetric_cross_entropy
 from core.run import Run
 from core.schooling import Compared, plain
-from core.split import acquitted, of_flags, share_of_each, stands_out
+from core.split import among_strangers, of_flags
 from core.training import mixed_precision
 
 REASON = "its label is among the half that the classifier believes least"
@@ -71,8 +71,9 @@ def run(run: Run, inputs: Inputs, params: DBD) -> Outcome:
     logits = collect(run, model.eval(), suspect)
     losses = symmetric_cross_entropy(logits, labels)
     doubted = losses > losses.kthvalue(max(int(params.believed * len(losses)), 1)).values
-    verdict, evidence, target = stands_out(share_of_each(doubted, labels, suspect.classes), "the share of doubted labels", image=suspect.classes / len(labels))
-    verdict, evidence = acquitted(verdict, evidence, logits.argmax(1) == labels, "model")
+    # A class that is hard to learn is doubted in clean sets too; a label on all kinds of images is an attack's.
+    predicted = logits.argmax(1)
+    verdict, evidence, target = among_strangers(labels, predicted, predicted == labels, suspect.classes, judge="model")
     split = of_flags(labels, losses, doubted, REASON, verdict=verdict, evidence=evidence, target=target)
     findings = {"encoder_loss": encoding, "head_loss": heading, "loss": history}
     return Outcome(model=model.eval(), baseline=plain(run, inputs, params) if params.compare else None, split=split, findings=findings)
