@@ -71,9 +71,9 @@ def test_wrong_labels_alone_are_not_called_poison() -> None:
         draw = torch.Generator().manual_seed(seed)
         truth = torch.randint(10, (1300,), generator=draw)
         given = torch.where(torch.rand(1300, generator=draw) < 0.1, torch.randint(10, (1300,), generator=draw), truth)
-        verdicts.append(splits.stands_out(splits.shares_among_strangers(given, truth, 10), "x", image=1 / 130)[0])
+        verdicts.append(splits.among_strangers(given, truth, given == truth, 10, judge="model")[0])
         poisoned = torch.where(torch.rand(1300, generator=draw) < 0.05, 5, given)
-        assert splits.stands_out(splits.shares_among_strangers(poisoned, truth, 10), "x", image=1 / 130)[2] == 5
+        assert splits.among_strangers(poisoned, truth, poisoned == truth, 10, judge="model")[2] == 5
     assert verdicts.count("poisoned") <= 1
 
 
