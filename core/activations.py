@@ -110,6 +110,11 @@ def two_groups(features: torch.Tensor, labels: torch.Tensor, classes: int) -> li
     return [untangle(points[which == label], metric(label))[1] for label in range(classes)]
 
 
+def cut_in_two(features: torch.Tensor, labels: torch.Tensor, classes: int) -> tuple[Verdict, str, int | None]:
+    """Return verdict, evidence and class of a set in which one class is two groups as no other is; nature has such classes, too, if not as clear."""
+    return stands_out(two_groups(features, labels, classes), "what is gained by cutting a class in two", significance=NATURAL)
+
+
 def flagged_by(
     features: torch.Tensor,
     labels: torch.Tensor,
@@ -176,7 +181,7 @@ def observed(model: Classifier, features: torch.Tensor, labels: torch.Tensor, cl
     Args:
         features: (N, d), the model's. labels: (N,).
     """
-    verdict, evidence, target = stands_out(two_groups(features, labels, classes), "what is gained by cutting a class in two", significance=NATURAL)
+    verdict, evidence, target = cut_in_two(features, labels, classes)
     if verdict == "no_evidence":
         points = features.cpu().double().numpy()
         apart = max(clusters(points[(labels == label).cpu().numpy()], 10, seed)[2] for label in range(classes))

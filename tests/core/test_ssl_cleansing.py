@@ -17,6 +17,7 @@ from core.defenses.cleanse import ssl_cleanse
 from core.defenses.cleanse.ssl_cleanse import SSLCleanse, judge
 from core.neighbours import Neighbourhood, neighbourhood
 from core.run import Run
+from tests.core.test_activations import contaminated
 
 
 def embedding(count: int = 200, width: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,6 +127,23 @@ def test_a_label_among_strangers_is_poison_and_one_among_its_like_is_not() -> No
     assert splits.shares_among_strangers(labels, looks, 4) == pytest.approx([0.0, 0.0, 0.0, 0.0])
     labels[90:100] = labels[190:200] = labels[290:300] = 3
     assert splits.shares_among_strangers(labels, looks, 4) == pytest.approx([0.0, 0.0, 0.0, 0.1])
+
+
+def test_images_that_confirm_each_other_do_not_acquit_a_set() -> None:
+    features, labels, _ = contaminated()
+    params = SSLCleanse(method="ssl_cleanse")
+
+    def judged(features: torch.Tensor, labels: torch.Tensor, classes: int) -> tuple[splits.Split, splits.Split]:
+        near = neighbourhood(Run(device="cpu"), "near", F.normalize(features, dim=1), labels, classes, k=20)
+        split, _ = judge(near, labels, params)
+        return split, ssl_cleanse.hesitant(split, features, labels, classes)
+
+    before, after = judged(features, labels, 6)
+    assert before.verdict == "no_evidence" and (after.verdict, after.target) == ("inconclusive", 2)
+    assert "cutting a class in two of class 2" in after.evidence and "try scan" in after.evidence
+    one = labels != 2
+    before, after = judged(features[one], labels[one] - (labels[one] > 2).long(), 5)
+    assert before.verdict == after.verdict == "no_evidence"
 
 
 def test_an_encoder_that_knows_little_never_says_that_a_set_is_clean() -> None:

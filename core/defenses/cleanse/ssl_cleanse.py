@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from pydantic import Field
 
 from core import encoders
+from core.activations import cut_in_two
 from core.catalog import Inputs, Need, Outcome, defense
 from core.encoders import Encoding
 from core.neighbours import Neighbourhood, neighbourhood
@@ -61,6 +63,7 @@ def run(run: Run, inputs: Inputs, params: SSLCleanse) -> Outcome:
     k = min(params.neighbours or max(len(labels) // (2 * suspect.classes), 5), len(labels) - 1)
     near = neighbourhood(run, "neighbours", features, labels, suspect.classes, k=k, temperature=params.temperature)
     split, found = judge(near, labels, params)
+    split = hesitant(split, features, labels, suspect.classes)
     findings["neighbours"] = k
     return Outcome(split=split, embedding=features, findings={**findings, **found})
 
@@ -88,6 +91,21 @@ def judge(near: Neighbourhood, labels: torch.Tensor, params: SSLCleanse) -> tupl
         why=torch.full_like(labels, ("knn", "energy", "both").index(params.filter)), reasons=REASONS, verdict=verdict, evidence=evidence, target=target,
     )  # fmt: skip
     return split, {"thresholds": thresholds, "accepted": int(accepted.sum()), "relabelled": int(corrected.sum())}
+
+
+def hesitant(split: Split, features: torch.Tensor, labels: torch.Tensor, classes: int) -> Split:
+    """Return the split of a set that is not called poisoned, and not acquitted either where the embedding cuts a class in two.
+
+    Images that carry the same pattern look alike to an encoder, and confirm each other's labels.
+
+    Args:
+        features: (N, d). labels: (N,), as given.
+    """
+    verdict, evidence, target = cut_in_two(features, labels, classes)
+    if split.verdict == "poisoned" or verdict != "poisoned":
+        return split
+    advice = "images with the same pattern confirm each other's labels: try scan, or a method that looks at activations"
+    return replace(split, verdict="inconclusive", evidence=f"{split.evidence}; but {evidence}; {advice}", target=target)
 
 
 def contradiction(near: Neighbourhood, labels: torch.Tensor, by: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from core import encoders, training, victim
-from core.activations import collect
+from core.activations import collect, observed
 from core.augment import crop_and_flip
 from core.catalog import Inputs, Need, Outcome, defense
 from core.classifier import Classifier
@@ -74,6 +74,10 @@ def run(run: Run, inputs: Inputs, params: DBD) -> Outcome:
     # A class that is hard to learn is doubted in clean sets too; a label on all kinds of images is an attack's.
     predicted = logits.argmax(1)
     verdict, evidence, target = among_strangers(labels, predicted, predicted == labels, suspect.classes, judge="model")
+    if verdict == "no_evidence":
+        # A backdoor that was learnt agrees with its labels; what it is made of shows in the activations.
+        verdict, more, target = observed(model, collect(run, model.features, suspect), labels, suspect.classes, run.seed)
+        evidence = f"{evidence}; {more}"
     split = of_flags(labels, losses, doubted, REASON, verdict=verdict, evidence=evidence, target=target)
     findings = {"encoder_loss": encoding, "head_loss": heading, "loss": history}
     return Outcome(model=model.eval(), baseline=plain(run, inputs, params) if params.compare else None, split=split, findings=findings)
