@@ -21,6 +21,8 @@ BINS = 40
 SIGNIFICANCE, DOUBT = 0.005, 0.05
 # Of what one image makes of a class's share: classes whose shares differ by less are not taken to differ by nothing, or one wrong label would be poison.
 LEAST_SPREAD = 0.25
+# Of every class; mistakes leave some classes with next to none of any other label.
+EVERYWHERE = 0.05
 # A model that confirms fewer labels than this would find little in any set.
 TRUSTED = 0.75
 
@@ -156,7 +158,13 @@ def among_strangers(labels: torch.Tensor, predicted: torch.Tensor, confirmed: to
     """
     shares = shares_among_strangers(labels, predicted, classes)
     verdict, evidence, target = stands_out(shares, "the share of its label among the least similar images", image=classes / len(labels))
-    return *acquitted(verdict, evidence, confirmed, judge), target
+    verdict, evidence = acquitted(verdict, evidence, confirmed, judge)
+    mixed = mixture(labels, predicted, classes)
+    np.fill_diagonal(mixed, 0)
+    if verdict == "no_evidence" and (least := float(mixed.max(0).min())) > EVERYWHERE:
+        # An attack from every class to another one leaves no outlier.
+        return "inconclusive", f"to the {judge} every class holds images, {least:.1%} or more, that carry the label of one other class; {evidence}", None
+    return verdict, evidence, target
 
 
 def shares_among_strangers(labels: torch.Tensor, predicted: torch.Tensor, classes: int) -> list[float]:
@@ -167,10 +175,16 @@ def shares_among_strangers(labels: torch.Tensor, predicted: torch.Tensor, classe
     Args:
         labels: (N,), as given. predicted: (N,), what the judge takes the images for.
     """
+    shares = mixture(labels, predicted, classes)
+    return [float(np.quantile(np.delete(shares[label], label), 0.1)) for label in range(classes)]
+
+
+def mixture(labels: torch.Tensor, predicted: torch.Tensor, classes: int) -> np.ndarray:
+    """Return each label's share (rows) of the images that are taken for each class (columns), (classes, classes); both arguments (N,)."""
     counts = torch.zeros(classes, classes, dtype=torch.float64, device=labels.device)
     counts.view(-1).index_add_(0, labels * classes + predicted, torch.ones(len(labels), dtype=torch.float64, device=labels.device))
-    shares = (counts / counts.sum(0).clamp(min=1)).cpu().numpy()
-    return [float(np.quantile(np.delete(shares[label], label), 0.1)) for label in range(classes)]
+    shares: np.ndarray = (counts / counts.sum(0).clamp(min=1)).cpu().numpy()
+    return shares
 
 
 def summary(split: Split, given: torch.Tensor, classes: int) -> dict[str, Any]:

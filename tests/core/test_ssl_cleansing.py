@@ -129,6 +129,18 @@ def test_a_label_among_strangers_is_poison_and_one_among_its_like_is_not() -> No
     assert splits.shares_among_strangers(labels, looks, 4) == pytest.approx([0.0, 0.0, 0.0, 0.1])
 
 
+def test_labels_that_move_from_every_class_to_the_next_do_not_acquit_a_set() -> None:
+    looks = torch.arange(10).repeat_interleave(100)
+    for share, verdict in ((0, "no_evidence"), (3, "no_evidence"), (10, "inconclusive")):
+        moved = torch.arange(1000) % 100 < share
+        labels = torch.where(moved, (looks + 1) % 10, looks)
+        found, evidence, target = splits.among_strangers(labels, looks, ~moved, 10, judge="encoder")
+        assert (found, target) == (verdict, None) and ("every class holds images, 10.0% or more" in evidence) == (share == 10)
+    # Two classes that are alike are no attack.
+    labels = torch.where((looks == 3) & (torch.arange(1000) % 4 == 0), 5, looks)
+    assert splits.among_strangers(labels, looks, labels == looks, 10, judge="encoder")[0] == "no_evidence"
+
+
 def test_images_that_confirm_each_other_do_not_acquit_a_set() -> None:
     features, labels, _ = contaminated()
     params = SSLCleanse(method="ssl_cleanse")
