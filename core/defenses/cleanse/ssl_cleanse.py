@@ -101,8 +101,10 @@ def hesitant(split: Split, features: torch.Tensor, labels: torch.Tensor, classes
     Args:
         features: (N, d). labels: (N,), as given.
     """
+    if split.verdict == "poisoned":
+        return split
     verdict, evidence, target = cut_in_two(features, labels, classes)
-    if split.verdict == "poisoned" or verdict != "poisoned":
+    if verdict != "poisoned":
         return split
     advice = "images with the same pattern confirm each other's labels: try scan, or a method that looks at activations"
     return replace(split, verdict="inconclusive", evidence=f"{split.evidence}; but {evidence}; {advice}", target=target)
