@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import time
+import uuid
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -16,13 +19,34 @@ logger = logging.getLogger(__name__)
 
 
 class _Channel(filesystem.Channel):
-    """A folder that somebody removed is an empty queue until the sweeper makes it again; kombu would end the worker."""
+    """kombu's folder queue, where a process killed, or overtaken, half way through a file breaks no other's.
 
-    def _get(self, queue: Any, timeout: Any = None) -> Any:
-        try:
-            return super()._get(queue)
-        except FileNotFoundError:
-            raise Empty from None
+    kombu's writes a message in place, so that a reader can find half of it, which ends the worker; and of the bindings,
+    which a killed process can leave empty for ever, there is nothing to know: Celery addresses its one queue by name.
+    """
+
+    def _put(self, queue: str, payload: dict[str, Any], **_options: Any) -> None:
+        whole = Path(self.data_folder_out, f"{time.time_ns()}_{uuid.uuid4()}.{queue}.msg")
+        half = whole.with_suffix(".half")
+        half.write_text(json.dumps(payload))
+        half.replace(whole)
+
+    def _get(self, queue: str, timeout: float | None = None) -> dict[str, Any]:
+        for file in sorted(Path(self.data_folder_in).glob(f"*.{queue}.msg")):
+            try:
+                content = file.read_bytes()
+                file.unlink()
+            except FileNotFoundError:  # another worker's, or somebody removed the folder until the sweeper makes it again
+                continue
+            try:
+                payload: dict[str, Any] = json.loads(content)
+                return payload
+            except ValueError:
+                logger.warning("%s is no message; the sweeper rings for its job again", file.name)
+        raise Empty
+
+    def _queue_bind(self, *_binding: Any) -> None:
+        """Nothing to do: a message for the queue's name needs no table of exchanges."""
 
 
 class FolderTransport(filesystem.Transport):
@@ -43,7 +67,7 @@ def app(url: str) -> Celery:
         broker = "filesystem://"
         # kombu misses a host name that a folder does not have.
         logging.getLogger("kombu.connection").setLevel(logging.ERROR)
-        options = {"data_folder_in": str(folder), "data_folder_out": str(folder), "control_folder": str(folder / "control"), "polling_interval": 0.2}
+        options = {"data_folder_in": str(folder), "data_folder_out": str(folder), "polling_interval": 0.2}
     else:
         options |= {"socket_timeout": 10, "socket_connect_timeout": 3, "socket_keepalive": True}
     celery.conf.update(
@@ -69,9 +93,9 @@ def app(url: str) -> Celery:
 
 
 def make_folder(url: str) -> None:
-    """Make a filesystem queue's folders, again if somebody removed them."""
+    """Make a filesystem queue's folder, again if somebody removed it."""
     if url.startswith("filesystem://"):
-        (Path(url.removeprefix("filesystem://")) / "control").mkdir(parents=True, exist_ok=True)
+        Path(url.removeprefix("filesystem://")).mkdir(parents=True, exist_ok=True)
 
 
 def announce(celery: Celery, job_id: str) -> bool:
