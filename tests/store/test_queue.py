@@ -47,7 +47,7 @@ def test_a_message_is_taken_once_and_never_half_written(app: Celery) -> None:
     readers = [threading.Thread(target=listen) for _ in range(2)]
     for reader in readers:
         reader.start()
-    assert all([queue.announce(app, job_id) for job_id in sent])
+    assert all(queue.announce(app, job_id) for job_id in sent)
     written.set()
     for reader in readers:
         reader.join()
