@@ -25,7 +25,8 @@ class _Channel(filesystem.Channel):
     which a killed process can leave empty for ever, there is nothing to know: Celery addresses its one queue by name.
     """
 
-    def _put(self, queue: str, payload: dict[str, Any], **_options: Any) -> None:
+    # kombu's two base classes name the message differently.
+    def _put(self, queue: str, payload: dict[str, Any], **kwargs: Any) -> None:  # type: ignore[override]
         whole = Path(self.data_folder_out, f"{time.time_ns()}_{uuid.uuid4()}.{queue}.msg")
         half = whole.with_suffix(".half")
         half.write_text(json.dumps(payload))
@@ -39,8 +40,8 @@ class _Channel(filesystem.Channel):
             except FileNotFoundError:  # another worker's, or somebody removed the folder until the sweeper makes it again
                 continue
             try:
-                payload: dict[str, Any] = json.loads(content)
-                return payload
+                message: dict[str, Any] = json.loads(content)
+                return message
             except ValueError:
                 logger.warning("%s is no message; the sweeper rings for its job again", file.name)
         raise Empty
