@@ -384,7 +384,8 @@ def test_the_report_says_what_a_cleanser_leaves_in(case: Case, tmp_path: Path) -
     folder = lay_out(tmp_path / "job", case, "spectral_signatures")
     digits.poisoned(case.data.train, BadNets(method="badnets", target=5)).save(folder / "inputs" / "suspect")
     spec = json.loads((folder / "job.json").read_text())
-    spec["defense"] |= {"training_epochs": 8, "rate": 0.05}
+    # Eight epochs are too few for some seeds, in single precision for this one: the verdict hesitates.
+    spec["defense"] |= {"training_epochs": 12, "rate": 0.05}
     (folder / "job.json").write_text(json.dumps(spec))
     code, events = engine(folder)
     assert code == 0, events[-1]
