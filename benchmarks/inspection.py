@@ -35,6 +35,7 @@ ATTACKS: tuple[dict[str, Any], ...] = (
     {"method": "l0_invisible"},
     {"method": "bpp"},
 )
+METHODS = ("neural_cleanse", "pt_red", "mm_bd")
 RECIPE = victim.Recipe(epochs=30, batch_size=64, rate=0.1, schedule="one_cycle", weight_decay=5e-4, nesterov=True)
 
 
@@ -78,16 +79,18 @@ def one(wanted: tuple[int, dict[str, Any] | None]) -> dict[str, Any]:
     findings = method.run(run, Inputs(model=model, clean=data.clean), method.params(method="combined")).findings
     inspected = {name: {key: said[key] for key in ("verdict", "target", "reason")} for name, said in {**findings["methods"], "combined": findings}.items()}
     result = {"seed": seed, "attack": attack, "target": trigger.params.target if trigger else None, "ba": measured["ba"]["value"], **inspected}
-    margins, masks = findings["methods"]["mm_bd"], findings["methods"]["neural_cleanse"]
+    masks, changes, margins = (findings["methods"][name] for name in METHODS)
     result["scores"] = {
         "p_value": margins["p_value"],
         "margins": margins["margins"],
+        "perturbation_p_value": changes["p_value"],
+        "perturbation_norms": changes["norms"],
         "anomaly_index": masks["anomaly_index"],
         "mask_norms": masks["mask_norms"],
     }
     result |= {"asr": measured["asr"]["value"] if trigger else None, "seconds": round(time.monotonic() - started, 1)}
     print(
-        f"p {margins['p_value']:.2g}",
+        f"p {margins['p_value']:.2g} {changes['p_value']:.2g}",
         seed,
         attack and attack["method"],
         f"BA {result['ba']:.2f}",
@@ -106,15 +109,15 @@ def table(found: list[dict[str, Any]]) -> list[str]:
         "",
         f"WRN-10-1 on 16x16 digits, seeds {min(seeds)} to {max(seeds)}; 300 clean images for the methods that need some. Alarms of models; in brackets, the right target.",
         "",
-        "| models | n | BA | ASR | neural_cleanse | mm_bd | combined |",
-        "|---|---|---|---|---|---|---|",
+        "| models | n | BA | ASR | " + " | ".join((*METHODS, "combined")) + " |",
+        "|---|---|---|---|" + "---|" * (len(METHODS) + 1),
     ]
     names = ["clean", *dict.fromkeys(one["attack"]["method"] for one in found if one["attack"])]
     groups = {name: [one for one in found if (one["attack"] or {"method": "clean"})["method"] == name] for name in names}
     groups["all backdoored"] = [one for one in found if one["attack"]]
     for name, models in groups.items():
         cells = []
-        for method in ("neural_cleanse", "mm_bd", "combined"):
+        for method in (*METHODS, "combined"):
             alarms = [one for one in models if one[method]["verdict"] == "backdoored"]
             right = sum(one[method]["target"] == one["target"] for one in alarms)
             cells.append(f"{len(alarms)}" + (f" ({right})" if name != "clean" else ""))

@@ -33,7 +33,7 @@ class Proposal:
 MODEL, CLEAN, LABELS, SUSPECT = Need.MODEL, Need.CLEAN_IMAGES, Need.CLEAN_LABELS, Need.SUSPECT_DATASET
 # The best first within a kind.
 PROPOSALS = (
-    Proposal(Kind.INSPECT, "combined", frozenset({MODEL, CLEAN}), "Two methods that see different kinds of triggers, with one verdict and the target class."),
+    Proposal(Kind.INSPECT, "combined", frozenset({MODEL, CLEAN}), "Three methods that see different kinds of triggers, with one verdict and the target class."),
     Proposal(Kind.INSPECT, "mm_bd", frozenset({MODEL}), "Needs no image and sees triggers of any kind; it names the class, not the trigger."),
     Proposal(
         Kind.PURIFY, "mcldef", frozenset({MODEL, CLEAN}),

@@ -110,6 +110,7 @@ class Outcome:
         embedding: (N, d), where the images of the suspect set lie; for the figure.
         findings: JSON: target, triggers, verdict, loss curves …
         triggers: recovered triggers worth a picture: {label: (mask (H, W), pattern (C, H, W))}.
+        perturbations: what, added to images in [0, 1], leads to a class, worth a picture: {label: (C, H, W)}.
     """
 
     model: Classifier | None = None
@@ -118,6 +119,7 @@ class Outcome:
     embedding: torch.Tensor | None = None
     findings: dict[str, Any] = field(default_factory=dict)
     triggers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    perturbations: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,9 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
     lost = verdict.losers(before, after) if before and after else []
     for one in lost:
         run.warn(f"class {one['class']} fell from {one['before']['value']:.1%} to {one['after']['value']:.1%}", **one)
-    pictures = report.draw_triggers(run, outcome.triggers, inputs.clean) if inputs.clean is not None else {}
+    pictures = {}
+    if inputs.clean is not None:
+        pictures = report.draw_triggers(run, outcome.triggers, inputs.clean) | report.draw_perturbations(run, outcome.perturbations, inputs.clean)
     recognition = loaded.recognition
     summary: dict[str, Any] = {
         "kind": method.kind.value,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from core.classifier import Classifier
@@ -45,24 +44,3 @@ def margins(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return each row's logit of its label minus the largest other one, (N,) from (N, classes)."""
     own = logits.gather(1, labels[:, None]).squeeze(1)
     return own - logits.scatter(1, labels[:, None], float("-inf")).max(1).values
-
-
-def p_value(found: list[float], least: float = 0.0) -> float:
-    """Return how likely a largest margin like this is when all classes are alike, in [0, 1] (Grubbs' test, one-sided).
-
-    The largest value is compared with mean and deviation of the others; times the number of classes, because any of them may be the largest.
-    MM-BD fits a gamma distribution to the others instead, as if they were no selection: with ten classes that raises the alarm at 0.05 for
-    a quarter of all samples without an outlier.
-
-    Args:
-        least: deviation that the others are taken to have at least.
-    """
-    from scipy.stats import t
-
-    values = np.sort(np.asarray(found, dtype=np.float64))
-    rest, count = values[:-1], len(values)
-    spread = max(float(rest.std(ddof=1)) if count > 2 else 0.0, least)
-    if spread == 0:
-        return 0.0 if values[-1] > rest.max() else 1.0
-    distance = (values[-1] - rest.mean()) / (spread * np.sqrt(1 + 1 / (count - 1)))
-    return float(min(count * t.sf(distance, count - 2), 1.0))

@@ -54,6 +54,18 @@ def draw_triggers(run: Run, triggers: dict[int, tuple[torch.Tensor, torch.Tensor
     return drawn
 
 
+def draw_perturbations(run: Run, perturbations: dict[int, torch.Tensor], clean: ImageSet) -> dict[str, Path]:
+    """Draw each perturbation (stretched around grey, and on three images) as a PNG; return the files by what they show."""
+    drawn = {}
+    for label, perturbation in perturbations.items():
+        perturbed = as_floats(clean.images[:3]) + perturbation
+        tiles = [0.5 + perturbation / (2 * perturbation.abs().max().clamp(min=1e-9)), *perturbed]
+        path = run.artifact(f"perturbation-class-{label}.png", kind="trigger", media_type="image/png")
+        _picture(tiles).save(path)
+        drawn[f"class {label}, perturbation"] = path
+    return drawn
+
+
 def _picture(tiles: list[torch.Tensor], scale: int = 4) -> Image.Image:
     """Lay (C, H, W) tiles in [0, 1] side by side, enlarged without smoothing, two pixels apart."""
     rows = []

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from core.catalog import Params
 from core.images import ImageSet
-from core.margins import p_value
+from core.outliers import p_value
 from core.run import Run
 
 Verdict = Literal["poisoned", "no_evidence", "inconclusive"]

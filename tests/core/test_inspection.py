@@ -10,8 +10,8 @@ import torch
 from scipy.stats import t
 
 from core.defenses.inspect.combined import combine
-from core.defenses.inspect.mm_bd import judge
-from core.margins import largest_margins, margins, p_value
+from core.margins import largest_margins, margins
+from core.outliers import judge, p_value
 from core.run import Run
 from tests.core.untrained import model
 
@@ -63,8 +63,8 @@ def test_one_alarm_is_enough_and_doubt_is_never_called_clean() -> None:
     assert combine({"x": said("backdoored", 1), "y": said("backdoored", 2), "z": said("backdoored", 2)})["target"] == 2
 
 
-def test_the_margins_verdict() -> None:
-    assert judge(0.001, 5, 10, 0.05)[0] == "backdoored"
-    assert judge(0.1, 5, 10, 0.05)[0] == "inconclusive"
-    assert judge(0.6, 5, 10, 0.05)[0] == "no_evidence"
-    assert judge(0.0, 1, 2, 0.05)[0] == "not_fully_examined"
+def test_the_verdict_of_an_outlier() -> None:
+    assert judge(0.001, "it", 10, 0.05)[0] == "backdoored"
+    assert judge(0.1, "it", 10, 0.05)[0] == "inconclusive"
+    assert judge(0.6, "it", 10, 0.05)[0] == "no_evidence"
+    assert judge(0.0, "it", 2, 0.05)[0] == "not_fully_examined"

@@ -168,7 +168,8 @@ RECOVERED = {"target": 5, "inversion_epochs": 6, "epochs": 3, "epoch_images": 0}
 SMALL: dict[str, dict[str, Any]] = {
     "neural_cleanse": {"passes": 3, "batches_per_pass": 2},
     "mm_bd": {"starts": 2, "steps": 8},
-    "combined": {"passes": 3, "starts": 2, "steps": 4},
+    "pt_red": {"steps": 8, "step": 0.01},
+    "combined": {"passes": 3, "starts": 2, "steps": 4, "perturbation_steps": 8},
     "mcldef": {**QUICK, "rounds": 2},
     "mcldef_plus": {**RECOVERED, "correction_epochs": 2},
     "mcldef_true": {"attack": {"method": "badnets", "target": 5}, "epochs": 3, "epoch_images": 0, "settling_epochs": 2},

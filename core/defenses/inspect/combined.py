@@ -1,4 +1,4 @@
-"""Combined inspection: Neural Cleanse for patches, maximum margins for every other kind of trigger, and one verdict."""
+"""Combined inspection: Neural Cleanse for patches, PT-RED for what covers the image, maximum margins for any trigger, and one verdict."""
 
 from __future__ import annotations
 
@@ -7,38 +7,42 @@ from typing import Any, Literal
 from pydantic import Field
 
 from core.catalog import Inputs, Need, Outcome, Params, defense
-from core.defenses.inspect import mm_bd, neural_cleanse
+from core.defenses.inspect import mm_bd, neural_cleanse, pt_red
 from core.run import Run
 
 
 class Combined(Params):
-    """Parameters; the thresholds are stricter than each method's own, because either may raise the alarm."""
+    """Parameters; the thresholds are stricter than each method's own, because any of them may raise the alarm."""
 
     method: Literal["combined"]
     passes: int = Field(default=120, ge=1, le=10_000, title="Passes of Neural Cleanse", description="At most this many.")
     threshold: float = Field(default=3.0, gt=0, le=100, title="Anomaly index", description="Of Neural Cleanse.")
     starts: int = Field(default=10, ge=1, le=1000, title="Starts of MM-BD", description="Random images a class.")
     steps: int = Field(default=150, ge=1, le=100_000, title="Steps of MM-BD")
-    significance: float = Field(default=0.005, gt=0, lt=1, title="Significance", description="Of MM-BD.")
+    perturbation_steps: int = Field(default=400, ge=1, le=100_000, title="Steps of PT-RED", description="At most this many.")
+    significance: float = Field(default=0.005, gt=0, lt=1, title="Significance", description="Of MM-BD and PT-RED.")
 
 
 @defense(
     title="Combined inspection",
-    paper="Wang et al., Neural Cleanse, IEEE S&P 2019; Wang et al., MM-BD, IEEE S&P 2024",
+    paper="Wang et al., Neural Cleanse, IEEE S&P 2019; Xiang et al., PT-RED, IEEE TNNLS 2020; Wang et al., MM-BD, IEEE S&P 2024",
     needs=(Need.MODEL, Need.CLEAN_IMAGES),
 )
 def run(run: Run, inputs: Inputs, params: Combined) -> Outcome:
-    """Inspect a model with two methods that see different triggers, and say what both together mean."""
+    """Inspect a model with three methods that see different triggers, and say what they mean together."""
     assert inputs.model is not None and inputs.clean is not None
     batch = min(32, len(inputs.clean))
     patches = neural_cleanse.NeuralCleanse(method="neural_cleanse", passes=params.passes, threshold=params.threshold, batch_size=batch)
     found, triggers = neural_cleanse.examine(run, inputs, patches)
     margins = mm_bd.MMBD(method="mm_bd", starts=params.starts, steps=params.steps, significance=params.significance)
     lifted = mm_bd.run(run, inputs, margins).findings
-    combined = combine({"neural_cleanse": found, "mm_bd": lifted})
+    global_ones = pt_red.PTRED(method="pt_red", steps=params.perturbation_steps, batch_size=batch, significance=params.significance)
+    perturbed, perturbations = pt_red.examine(run, inputs, global_ones)
+    combined = combine({"neural_cleanse": found, "pt_red": perturbed, "mm_bd": lifted})
     run.log(f"{combined['verdict']}: {combined['reason']}")
     suspects = [target for target in (combined["target"], found["target"], lifted["target"]) if target is not None]
-    return Outcome(findings=combined, triggers={label: triggers.of(label) for label in dict.fromkeys(suspects)})
+    shown = {perturbed["target"]: perturbations.images[perturbed["target"]]} if perturbed["target"] is not None else {}
+    return Outcome(findings=combined, triggers={label: triggers.of(label) for label in dict.fromkeys(suspects)}, perturbations=shown)
 
 
 def combine(found: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from core.catalog import Inputs, Need, Outcome, Params, defense
-from core.margins import largest_margins, p_value
+from core.margins import largest_margins
+from core.outliers import judge, p_value
 from core.run import Run
 
 
@@ -36,18 +37,7 @@ def run(run: Run, inputs: Inputs, params: MMBD) -> Outcome:
     found = largest_margins(run, "climb", model, (model.architecture.channels, height, width), starts=params.starts, steps=params.steps, rate=params.step)
     chance = p_value(found)
     highest = max(range(model.classes), key=lambda label: found[label])
-    verdict, reason = judge(chance, highest, model.classes, params.significance)
+    verdict, reason = judge(chance, f"class {highest}'s margin", model.classes, params.significance)
     run.log(f"{verdict}: {reason}", margins=found)
     target = highest if verdict == "backdoored" else None
     return Outcome(findings={"verdict": verdict, "reason": reason, "target": target, "margins": found, "p_value": chance})
-
-
-def judge(chance: float, highest: int, classes: int, significance: float) -> tuple[str, str]:
-    """Return the verdict and the sentence that explains it."""
-    if classes < 4:
-        return "not_fully_examined", f"{classes} classes are too few for an outlier test"
-    if chance < significance:
-        return "backdoored", f"class {highest}'s margin is an outlier (p = {chance:.2g})"
-    if chance < 5 * significance:
-        return "inconclusive", f"class {highest}'s margin is unusual (p = {chance:.2g})"
-    return "no_evidence", f"no class's margin is an outlier (the largest, of class {highest}, has p = {chance:.2g})"
