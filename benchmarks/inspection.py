@@ -54,9 +54,9 @@ def main() -> int:
     lines = table(found)
     print("\n".join(lines))
     if options.out:
-        out = bench.HERE / "results" / options.out
-        out.with_suffix(".json").write_text(json.dumps({"models": found, "machine": bench.machine()}, indent=1) + "\n")
-        out.with_suffix(".md").write_text("\n".join([*lines, "", rendering.machines([bench.machine()]), ""]))
+        out, machine = bench.HERE / "results" / options.out, bench.machine()
+        out.with_suffix(".json").write_text(json.dumps({"models": found, "machine": machine}, indent=1) + "\n")
+        out.with_suffix(".md").write_text("\n".join([*lines, "", rendering.machines([machine]), ""]))
     alarms = Counter(one["attack"] is not None for one in found if one["combined"]["verdict"] == "backdoored")
     return 0 if alarms[False] <= options.count / 20 and alarms[True] >= 0.9 * options.count else 1
 

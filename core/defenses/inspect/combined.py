@@ -27,6 +27,7 @@ class Combined(Params):
     title="Combined inspection",
     paper="Wang et al., Neural Cleanse, IEEE S&P 2019; Xiang et al., PT-RED, IEEE TNNLS 2020; Wang et al., MM-BD, IEEE S&P 2024",
     needs=(Need.MODEL, Need.CLEAN_IMAGES),
+    caution="Of 20 backdoored small models it found 18, and neither of two blends of strength 0.3; of 20 clean ones it called one backdoored.",
 )
 def run(run: Run, inputs: Inputs, params: Combined) -> Outcome:
     """Inspect a model with three methods that see different triggers, and say what they mean together."""
