@@ -13,7 +13,7 @@ from core.images import ImageSet, as_floats
 from core.run import Run
 from core.training import mixed_precision
 
-# More images than these say nothing new about a perturbation.
+# Enough to tell the wanted share from less.
 IMAGES = 500
 # Classes that go through the network together: what ImageNet's thousand would take in memory.
 CLASSES = 10
@@ -40,7 +40,7 @@ class Perturbations:
 def smallest_perturbations(
     run: Run, name: str, classifier: Classifier, clean: ImageSet, *, success: float = 0.95, step: float = 0.003, steps: int = 400, batch_size: int = 32
 ) -> Perturbations:
-    """Grow a perturbation for every class from nothing until it leads there, as a resumable stage (PT-RED, Alg. 1, from all other classes at once).
+    """Grow a perturbation for every class from nothing until it leads there, as a resumable stage (PT-RED, from all other classes at once).
 
     Gradient steps of one length on batches of clean images, which all classes share; a class ends when `success` of the images that the model does
     not take for it anyway follow. Their own labels are not used.

@@ -37,8 +37,8 @@ def run(run: Run, inputs: Inputs, params: Combined) -> Outcome:
     found, triggers = neural_cleanse.examine(run, inputs, patches)
     margins = mm_bd.MMBD(method="mm_bd", starts=params.starts, steps=params.steps, significance=params.significance)
     lifted = mm_bd.run(run, inputs, margins).findings
-    global_ones = pt_red.PTRED(method="pt_red", steps=params.perturbation_steps, batch_size=batch, significance=params.significance)
-    perturbed, perturbations = pt_red.examine(run, inputs, global_ones)
+    whole = pt_red.PTRED(method="pt_red", steps=params.perturbation_steps, batch_size=batch, significance=params.significance)
+    perturbed, perturbations = pt_red.examine(run, inputs, whole)
     combined = combine({"neural_cleanse": found, "pt_red": perturbed, "mm_bd": lifted})
     run.log(f"{combined['verdict']}: {combined['reason']}")
     suspects = [target for target in (combined["target"], found["target"], lifted["target"]) if target is not None]

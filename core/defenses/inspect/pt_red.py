@@ -1,4 +1,4 @@
-"""PT-RED: a backdoor's class can be reached with a much smaller change of the whole image than any clean one; sees blends, waves and warps."""
+"""PT-RED: a backdoor's class can be reached with a much smaller change of the whole image than any clean one; sees waves, warps and grids."""
 
 from __future__ import annotations
 
@@ -41,8 +41,11 @@ def run(run: Run, inputs: Inputs, params: PTRED) -> Outcome:
 def examine(run: Run, inputs: Inputs, params: PTRED) -> tuple[dict[str, Any], Perturbations]:
     """Perturb towards every class; return the findings and all perturbations.
 
-    The paper asks for every pair of classes, and fits a gamma distribution to the reciprocals of all norms but the largest; here the images of all
-    other classes have one perturbation, and the reciprocals are tested as MM-BD's margins are.
+    The paper asks for every pair of classes, and fits a null distribution to the reciprocals of the norms; here the images of all other classes
+    have one perturbation, and the reciprocals are tested as MM-BD's margins are.
+
+    Raises:
+        NotEnoughCleanData: when the clean images do not fill a batch.
     """
     assert inputs.model is not None and inputs.clean is not None
     model = inputs.model
