@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 
@@ -35,6 +37,9 @@ def judge(chance: float, what: str, classes: int, significance: float) -> tuple[
     """
     if classes < 4:
         return "not_fully_examined", f"{classes} classes are too few for an outlier test"
+    # A network whose activations overflow has no values to compare.
+    if math.isnan(chance):
+        return "not_fully_examined", f"{what} cannot be compared: the model's outputs are not finite"
     if chance < significance:
         return "backdoored", f"{what} is an outlier (p = {chance:.2g})"
     if chance < 5 * significance:

@@ -38,7 +38,7 @@ def mixed_precision(device: torch.device, *, enabled: bool = True) -> contextlib
     if device.type == "cuda":
         capable = torch.cuda.is_bf16_supported()
     else:
-        # oneDNN says yes wherever it can imitate bf16, with AVX-512 alone, at a third of single precision's speed.
+        # oneDNN says yes wherever it can imitate bf16, with AVX-512 alone, at less than half of single precision's speed.
         capable = device.type == "cpu" and any(torch.cpu.get_capabilities().get(name, False) for name in NATIVE_BF16)
     if not (enabled and capable):
         return contextlib.nullcontext()

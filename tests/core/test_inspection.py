@@ -9,11 +9,13 @@ import pytest
 import torch
 from scipy.stats import t
 
+from core import catalog
+from core.catalog import Inputs
 from core.defenses.inspect.combined import combine
 from core.margins import largest_margins, margins
 from core.outliers import judge, p_value
 from core.run import Run
-from tests.core.untrained import model
+from tests.core.untrained import model, noise
 
 
 def test_margins_equal_the_slow_form() -> None:
@@ -68,3 +70,14 @@ def test_the_verdict_of_an_outlier() -> None:
     assert judge(0.1, "it", 10, 0.05)[0] == "inconclusive"
     assert judge(0.6, "it", 10, 0.05)[0] == "no_evidence"
     assert judge(0.0, "it", 2, 0.05)[0] == "not_fully_examined"
+
+
+@pytest.mark.parametrize("method", ["mm_bd", "pt_red"])
+def test_a_model_that_overflows_is_not_called_clean(method: str) -> None:
+    broken = model(classes=5)
+    with torch.no_grad():
+        broken.head.weight.fill_(3e38)
+    inspector = catalog.defenses()[method]
+    inputs = Inputs(model=broken, clean=noise())
+    found = inspector.run(Run(device="cpu"), inputs, inspector.params(method=method, steps=3)).findings
+    assert found["verdict"] == "not_fully_examined" and found["target"] is None
