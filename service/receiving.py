@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import os
 import uuid
@@ -90,7 +91,9 @@ class _Sink:
     async def abandon(self) -> None:
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
-        self._file.close()
+        # What is still buffered has no place on a full disk, and is not wanted.
+        with contextlib.suppress(OSError):
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import random
+import resource
 import socket
 import threading
 import time
@@ -16,9 +18,12 @@ import httpx
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from fastapi import Request
 
 from client import ApiError, Client, flows
 from client.errors import NotFound
+from service.problems import Problem
+from service.receiving import receive_part
 from store import transfers
 from store.objects import Objects
 from store.settings import Settings
@@ -356,6 +361,22 @@ def test_a_full_disk_keeps_what_had_arrived(make_stack: StackMaker, tmp_path: Pa
         assert send(http, where, 1_500_000, data[1_500_000:1_600_000]).status_code == 204
         with pytest.raises((NotFound, ApiError)):
             client.models.get("mdl_nothing")
+
+
+def test_what_a_full_disk_leaves_in_a_buffer_is_no_second_error(tmp_path: Path) -> None:
+    async def arrive() -> dict[str, Any]:
+        # Less than a file's buffer: it fails when it is flushed, and would again when the file is closed.
+        return {"type": "http.request", "body": b"x" * 4000, "more_body": False}
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(Problem) as refused:
+            asyncio.run(receive_part(Request({"type": "http", "headers": []}, arrive), tmp_path, limit=10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert refused.value.code == "storage_full"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_preview_stores_nothing(api: Stack, case: Case, tmp_path: Path) -> None:
