@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +32,16 @@ def pgd(
 
 
 def ascend(
-    images: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor], *, epsilon: float, step: float, steps: int, start: torch.Tensor | None = None
+    images: torch.Tensor,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    epsilon: float,
+    step: float,
+    steps: int,
+    start: torch.Tensor | None = None,
+    norm: Literal["linf", "l2"] = "linf",
 ) -> torch.Tensor:
-    """Return images (N, C, H, W) in [0, 1] moved within `epsilon` (L-infinity) by signed gradient ascent on `loss(images)`. See `pgd`."""
+    """Return images (N, C, H, W) in [0, 1] moved within `epsilon` by gradient ascent on `loss(images)`: its sign, or for `l2` its direction. See `pgd`."""
     low, high = (images - epsilon).clamp(0, 1), (images + epsilon).clamp(0, 1)
     moved = images if start is None else (images + start).clamp(0, 1)
     for _ in range(steps):
@@ -41,8 +49,21 @@ def ascend(
         with mixed_precision(images.device):
             value = loss(moved)
         (slope,) = torch.autograd.grad(value, moved)
-        moved = torch.minimum(torch.maximum(moved.detach() + step * slope.sign(), low), high)
+        if norm == "linf":
+            moved = torch.minimum(torch.maximum(moved.detach() + step * slope.sign(), low), high)
+        else:
+            moved = (images + within(moved.detach() + step * slope / lengths(slope) - images, epsilon)).clamp(0, 1)
     return moved.detach()
+
+
+def within(delta: torch.Tensor, length: float) -> torch.Tensor:
+    """Return changes (N, C, H, W), each shortened to an L2 norm of at most `length`."""
+    return delta * (length / lengths(delta)).clamp(max=1)
+
+
+def lengths(delta: torch.Tensor) -> torch.Tensor:
+    """Return the L2 norm of each change (N, C, H, W), at least 1e-12, as (N, 1, 1, 1)."""
+    return delta.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
 
 
 def optimise_patch(

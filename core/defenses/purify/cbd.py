@@ -33,6 +33,10 @@ class CBD(Tuning):
     tune: float = Field(default=0.2, ge=0, le=100, title="Self-supervised fine-tuning", description="lambda 3, of Eq. 4.")
     temperature: float = Field(default=0.5, gt=0, le=10, title="Temperature")
     epsilon: float = Field(default=8 / 255, gt=0, le=1, title="Epsilon", description="L-infinity bound of the adversarial view, in [0, 1].")
+    l2: float = Field(
+        default=0, ge=0, le=1000, title="L2 bound",
+        description="Instead of `epsilon`, of pixels in [0, 1]; the paper's ablation has 4.016, which is 1024 / 255, and `step` 0.4016. 0: none.",
+    )  # fmt: skip
     step: float = Field(default=0.1, gt=0, le=1, title="Step size", description="In [0, 1]; the paper gives 0.1 without a unit.")
     steps: int = Field(default=20, ge=1, le=1000, title="PGD steps", description="As published 20, and 100 for a self-supervised backbone.")
     symmetric: bool = Field(default=False, title="Symmetric", description="Average the loss over both directions.")
@@ -96,7 +100,7 @@ def run(run: Run, inputs: Inputs, params: CBD) -> Outcome:
 
 
 def adversarial_view(student: Classifier, images: torch.Tensor, anchors: torch.Tensor, params: CBD) -> torch.Tensor:
-    """Return images (N, C, H, W) in [0, 1] moved within epsilon so that they no longer match their anchors (Eq. 1).
+    """Return images (N, C, H, W) in [0, 1] moved within their bound so that they no longer match their anchors (Eq. 1).
 
     BatchNorm keeps its statistics: the attack is on the function that will be deployed.
     """
@@ -108,6 +112,7 @@ def adversarial_view(student: Classifier, images: torch.Tensor, anchors: torch.T
     def loss(moved: torch.Tensor) -> torch.Tensor:
         return info_nce(student.features(moved).float(), wanted, temperature=params.temperature)
 
-    moved = ascend(images, loss, epsilon=params.epsilon, step=params.step, steps=params.steps)
+    bound: Literal["l2", "linf"] = "l2" if params.l2 else "linf"
+    moved = ascend(images, loss, epsilon=params.l2 or params.epsilon, step=params.step, steps=params.steps, norm=bound)
     student.train(modes)
     return moved

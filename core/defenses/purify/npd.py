@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from core import training
+from core.adversarial import within
 from core.catalog import Inputs, Need, Outcome, defense
 from core.classifier import Classifier
 from core.errors import LayerMissing
@@ -105,9 +106,7 @@ def targeted(model: Classifier, images: torch.Tensor, wanted: torch.Tensor, *, n
         if float((logits.argmax(1) == wanted).float().mean()) > 0.6:
             break
         (slope,) = torch.autograd.grad(F.cross_entropy(logits, wanted, reduction="sum"), moved)
-        delta = moved.detach() - step * slope.sign() - images
-        delta = delta * (norm / delta.flatten(1).norm(dim=1).clamp(min=1e-12)).clamp(max=1)[:, None, None, None]
-        moved = (images + delta).clamp(0, 1)
+        moved = (images + within(moved.detach() - step * slope.sign() - images, norm)).clamp(0, 1)
     return moved.detach()
 
 
