@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from core import catalog
+from core.errors import EngineError
 from service.app import create_app
 from service.problems import CATALOGUE
 from store.settings import Settings
@@ -66,7 +67,27 @@ def problems() -> str:
         "|---|---|---|---|",
     ]
     lines += [f"| `{code}` | {kind.status} | {kind.title} | {'yes' if kind.retryable else ''} |" for code, kind in CATALOGUE.items()]
+    lines += [
+        "",
+        "## Jobs",
+        "",
+        "A job that ends as `failed` or `crashed` has an `error` with one of these codes, with what was wrong in `detail` and what to do in `advice`.",
+        "",
+        "| code | meaning |",
+        "|---|---|",
+    ]
+    lines += [f"| `{code}` | {meaning} |" for code, meaning in endings().items()]
     return "\n".join(lines) + "\n"
+
+
+def endings() -> dict[str, str]:
+    """Return the codes that a job may end with, and what each means: the engine's, and those of whoever watches over it."""
+    told = {error.code: (error.__doc__ or "").splitlines()[0] for error in EngineError.__subclasses__()}
+    return told | {
+        "not_purified": "The purified model is worse than the suspect one, or its backdoor still works; it is kept as evidence, not handed out.",
+        "timeout": "The job ran longer than its `max_seconds`.",
+        "worker_lost": "The job's process died several times in a row without getting further; the job is `crashed` and can be retried.",
+    }
 
 
 def settings_page() -> str:

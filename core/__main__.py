@@ -92,8 +92,10 @@ def _run(folder: Path, emit: Any) -> int:
 
 
 def _out_of_memory(emit: Any, error: BaseException) -> int:
-    data = {"code": "out_of_memory", "message": f"memory ran out: {error}", "advice": "Use a smaller batch_size, or a larger worker."}
-    emit({"type": "error", "message": data["message"], "data": data})
+    from core.errors import OutOfMemory
+
+    told = OutOfMemory(f"memory ran out: {error}", "Use a smaller batch_size, or a larger worker.")
+    emit({"type": "error", "message": told.message, "data": told.as_dict()})
     return EXIT_FAILED
 
 

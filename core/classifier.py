@@ -11,6 +11,7 @@ from torch import nn
 
 from core.architectures import Architecture
 from core.architectures.network import Network
+from core.errors import OutputsNotFinite
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,20 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     name: str = "custom"
+
+
+def checked(outputs: torch.Tensor) -> torch.Tensor:
+    """Return what a model makes of images, (N,) or (N, ...), one row an image.
+
+    Raises `OutputsNotFinite` when a number is NaN or infinite: finite weights may be too large to be multiplied, and nothing can be said of such a model.
+    """
+    broken = int((~outputs.isfinite().reshape(len(outputs), -1).all(1)).sum())
+    if broken:
+        raise OutputsNotFinite(
+            f"the model's numbers overflow on {broken} of {len(outputs)} images: they are NaN or infinite",
+            "No working model does that: check the checkpoint and `preprocessing`; of a model that was just trained, use a lower learning rate.",
+        )
+    return outputs
 
 
 UNIT = Preprocessing((0.0,) * 3, (1.0,) * 3, "unit")

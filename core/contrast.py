@@ -10,7 +10,7 @@ from pydantic import Field
 
 from core import training
 from core.catalog import Inputs
-from core.classifier import Classifier
+from core.classifier import Classifier, checked
 from core.images import as_floats
 from core.losses import model_contrastive
 from core.recovery import Stamp
@@ -111,6 +111,7 @@ def correct(run: Run, inputs: Inputs, teacher: Classifier, student: Classifier, 
 def calibrate(run: Run, inputs: Inputs, teacher: Classifier, student: Classifier) -> list[float]:
     """Shift the student's head biases, in place, so that its mean probability of every class on the clean images is the teacher's; return the shifts.
 
+    Raises `OutputsNotFinite`.
     That is where the cross-entropy with the teacher's probabilities has its minimum over the biases. No label is used, and one number a
     class is too little to learn a trigger from.
     """
@@ -119,8 +120,8 @@ def calibrate(run: Run, inputs: Inputs, teacher: Classifier, student: Classifier
 
     def shifts() -> list[float]:
         with torch.no_grad():
-            wanted = torch.cat([teacher(as_floats(chunk)).softmax(1) for chunk in clean.images.split(500)]).double()
-            logits = torch.cat([student.eval()(as_floats(chunk)) for chunk in clean.images.split(500)]).double()
+            wanted = checked(torch.cat([teacher(as_floats(chunk)) for chunk in clean.images.split(500)])).softmax(1).double()
+            logits = checked(torch.cat([student.eval()(as_floats(chunk)) for chunk in clean.images.split(500)])).double()
         shift = torch.zeros(student.classes, dtype=torch.float64, device=logits.device, requires_grad=True)
         optimizer = torch.optim.LBFGS([shift], max_iter=200, line_search_fn="strong_wolfe")
 

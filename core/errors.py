@@ -114,6 +114,18 @@ class SplitEmpty(EngineError):
     code = "split_empty"
 
 
+class OutputsNotFinite(EngineError):
+    """A model answers images with NaN or infinite numbers."""
+
+    code = "outputs_not_finite"
+
+
+class OutOfMemory(EngineError):
+    """The job needs more memory than its worker has."""
+
+    code = "out_of_memory"
+
+
 class Diverged(EngineError):
     """A loss or a weight became NaN or infinite while training."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from core.classifier import Classifier
+from core.classifier import Classifier, checked
 from core.images import ImageSet, as_floats
 from core.poisoning import Triggered
 from core.training import mixed_precision
@@ -29,7 +29,10 @@ def rate(hits: int, count: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def predict(classifier: Classifier, images: torch.Tensor, *, batch_size: int | None = None, mixed: bool = False) -> torch.Tensor:
-    """Return the predicted classes (N,) of uint8 images (N, C, H, W), in eval mode and (by default) full precision."""
+    """Return the predicted classes (N,) of uint8 images (N, C, H, W), in eval mode and (by default) full precision.
+
+    Raises `OutputsNotFinite`.
+    """
     was_training = classifier.training
     classifier.eval()
     device = next(classifier.parameters()).device
@@ -38,9 +41,9 @@ def predict(classifier: Classifier, images: torch.Tensor, *, batch_size: int | N
     found = []
     for chunk in images.split(batch_size):
         with mixed_precision(device, enabled=mixed):
-            found.append(classifier(as_floats(chunk.to(device))).argmax(1))
+            found.append(classifier(as_floats(chunk.to(device))))
     classifier.train(was_training)
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+    return checked(torch.cat(found)).argmax(1) if found else torch.empty(0, dtype=torch.int64)
 
 
 def evaluate(classifier: Classifier, test: ImageSet, triggered: Triggered | None = None, *, mixed: bool = False) -> dict[str, Any]:

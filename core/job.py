@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from core import catalog, evaluation, page, poisoning, report, split, verdict, weights
+from core import catalog, evaluation, page, poisoning, report, split, training, verdict, weights
 from core.catalog import Inputs, Kind, Need, Outcome
 from core.classifier import Classifier, Preprocessing
 from core.errors import BadDataset, BadJob, LayerMissing
@@ -18,7 +18,7 @@ from core.images import ImageSet
 from core.inversion import stamp
 from core.poisoning import AttackParams, Triggered
 from core.probe import backbone_of, probe, with_backbone
-from core.run import Run
+from core.run import Run, without_nan
 from core.split import Cleansing
 from core.weights import Recognition
 
@@ -111,6 +111,8 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
     run.phase("defending")
     outcome: Outcome = method.run(run, inputs, params)
     result = outcome.model
+    if result is not None:
+        training.check("the result", 0.0, result)
     # What a training is compared with is a plain training on the same images.
     suspect_model = outcome.baseline if trains else model
 
@@ -179,6 +181,7 @@ def execute(run: Run, spec: JobSpec, folder: Path) -> dict[str, Any]:
         weights.save(whole, path)
         summary["model"] = {"sha256": report.sha256(path), "bytes": path.stat().st_size, "description": whole.architecture.describe()}
     summary["seconds"] = round(time.monotonic() - started, 3)
+    summary = without_nan(summary)
     report.write(run, summary)
     features = []
     if spec.evaluation is not None and test is not None and result is not None:

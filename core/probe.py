@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from core.architectures import named
 from core.architectures.supcontrast import SupContrast
-from core.classifier import Classifier
+from core.classifier import Classifier, checked
 from core.images import ImageSet, as_floats
 from core.run import Run
 from core.training import batches
@@ -25,7 +25,7 @@ def probe(run: Run, name: str, model: Classifier, labelled: ImageSet) -> list[fl
 def adapt(run: Run, name: str, model: Classifier, images: ImageSet, original: Classifier) -> list[float]:
     """Train `model.head` on, in place, until it predicts on `images` what `original` (left in eval mode) does; no label is used. See `fit_head`."""
     with torch.no_grad():
-        wanted = torch.cat([original.eval()(as_floats(chunk)).softmax(1) for chunk in images.images.split(500)])
+        wanted = checked(torch.cat([original.eval()(as_floats(chunk)) for chunk in images.images.split(500)])).softmax(1)
     return fit_head(run, name, model, images, wanted)
 
 
@@ -34,14 +34,14 @@ def fit_head(
 ) -> list[float]:
     """Fit `model.head` from where it is, in place: multinomial logistic regression with Adam (CBD's linear probe).
 
-    Features are computed once, in eval mode and without augmentation.
+    Features are computed once, in eval mode and without augmentation. Raises `OutputsNotFinite`.
 
     Args:
         wanted: labels (N,) int64, or probabilities (N, classes).
     """
     model.eval()
     with torch.no_grad():
-        features = torch.cat([model.features(as_floats(chunk)) for chunk in data.images.split(500)])
+        features = checked(torch.cat([model.features(as_floats(chunk)) for chunk in data.images.split(500)]))
     generator = run.generator(name)
     model.head.requires_grad_(True)
     optimizer = torch.optim.Adam(model.head.parameters(), lr=rate)

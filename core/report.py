@@ -70,7 +70,7 @@ def _picture(tiles: list[torch.Tensor], scale: int = 4) -> Image.Image:
     """Lay (C, H, W) tiles in [0, 1] side by side, enlarged without smoothing, two pixels apart."""
     rows = []
     for tile in tiles:
-        array = (tile.detach().float().clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8)
+        array = (tile.detach().float().nan_to_num().clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8)
         rgb = np.repeat(array, 3, axis=0) if array.shape[0] == 1 else array[:3]
         big = rgb.transpose(1, 2, 0).repeat(scale, axis=0).repeat(scale, axis=1)
         rows += [big, np.full((big.shape[0], 2, 3), 255, dtype=np.uint8)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,7 +87,7 @@ class Run:
     ) -> None:
         self.seed = seed
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        self.emit = emit
+        self.emit: Emit = lambda event: emit(without_nan(event))
         self.config = config
         self.checkpoint_seconds = checkpoint_seconds
         self.stopping = False
@@ -219,6 +220,15 @@ class Run:
         path = self.output(name)
         self.emit({"type": "artifact", "message": name, "data": {"name": name, "kind": kind, "media_type": media_type}})
         return path
+
+
+def without_nan(value: Any) -> Any:
+    """Return a JSON value with None for every number that JSON does not know: NaN and the infinities, of a model whose numbers overflow."""
+    if isinstance(value, dict):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _state_of(item: Any) -> Any:

@@ -13,7 +13,7 @@ from pydantic import Field
 from core.catalog import Params
 from core.images import ImageSet
 from core.outliers import p_value
-from core.run import Run
+from core.run import Run, without_nan
 
 Verdict = Literal["poisoned", "no_evidence", "inconclusive"]
 BINS = 40
@@ -234,4 +234,4 @@ def write_manifest(run: Run, split: Split, data: ImageSet) -> None:
                 "score": scores[index],
                 "reason": "" if action == "kept" else settled.reasons[why[index]],
             }
-            out.write(json.dumps(line) + "\n")
+            out.write(json.dumps(without_nan(line)) + "\n")

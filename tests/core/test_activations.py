@@ -150,6 +150,9 @@ def test_gram_matrices_take_the_power_first() -> None:
                     value = float((flat[image, i] ** order * flat[image, j] ** order).sum())
                     wanted.append(math.copysign(abs(value) ** (1 / order), value))
             assert found[image, 6 * index : 6 * index + 6].tolist() == pytest.approx(wanted, rel=1e-4)
+    # The eighth power of a transformer's largest activations is beyond float32.
+    large = beatrix.grams(3000 * maps, 8)
+    assert large.isfinite().all() and torch.allclose(large, 3000**2 * beatrix.grams(maps, 8), rtol=1e-4)
 
 
 def test_a_set_of_which_no_image_deviates_is_not_acquitted_for_that() -> None:

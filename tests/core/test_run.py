@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import core.__main__
@@ -232,7 +232,7 @@ def engine(folder: Path, *, stop_after: int = 0) -> tuple[int, list[dict[str, An
     events: list[dict[str, Any]] = []
 
     def emit(event: dict[str, Any]) -> None:
-        events.append(json.loads(json.dumps(event)))
+        events.append(json.loads(json.dumps(event, allow_nan=False)))
         if sum(one["type"] == "checkpoint" for one in events) == stop_after and event["type"] == "checkpoint":
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -307,6 +307,44 @@ def test_evaluate_measures_with_the_attack_or_with_triggered_images(case: Case, 
         (folder / "job.json").write_text(json.dumps(spec))
         code, events = engine(folder)
         assert code == 3 and said in events[-1]["message"]
+
+
+@pytest.mark.parametrize(("name", "layer", "measured"), [("mcldef", "head", True), ("bnp", "head", False), ("strip", "head", False), ("scan", "bn", False)])
+def test_a_model_whose_numbers_overflow_is_told_from_one_that_works(name: str, layer: str, measured: bool, case: Case, tmp_path: Path) -> None:
+    folder = overflowing(lay_out(tmp_path / "job", case, name), layer, measured=measured)
+    code, events = engine(folder)
+    assert code == 3 and events[-1]["data"]["code"] == "outputs_not_finite" and events[-1]["data"]["advice"], events[-1]
+
+
+@pytest.mark.parametrize("layer", ["head", "bn"])
+@pytest.mark.parametrize("name", ["mm_bd", "pt_red", "combined"])
+def test_a_model_whose_numbers_overflow_is_not_fully_examined(name: str, layer: str, case: Case, tmp_path: Path) -> None:
+    folder = overflowing(lay_out(tmp_path / "job", case, name), layer, measured=False)
+    code, events = engine(folder)
+    assert code == 0 and events[-1]["data"]["findings"]["verdict"] == "not_fully_examined", events[-1]
+    # No NaN, which JSON and Postgres do not know.
+    assert json.loads((folder / "out" / "report.json").read_text(), parse_constant=pytest.fail)["findings"] == events[-1]["data"]["findings"]
+
+
+def overflowing(folder: Path, layer: str, *, measured: bool) -> Path:
+    """Make a job's model answer with NaN, all images (`head`) or those that stir a channel (`bn`); without labels and a test set unless it is to be `measured`."""
+    path = folder / "inputs" / "model.safetensors"
+    tensors = load_file(path)
+    if layer == "head":
+        tensors["fc.weight"].fill_(3e38)
+    else:
+        tensors["bn1.weight"][0] = 3e38
+    path.unlink()
+    save_file(tensors, path)
+    spec = json.loads((folder / "job.json").read_text()) | {"model": "inputs/model.safetensors"}
+    if not measured:
+        del spec["evaluation"]
+        if Need.CLEAN_LABELS not in catalog.defenses()[spec["defense"]["method"]].needs:
+            clean = ImageSet.load(folder / "inputs" / "clean")
+            replace(clean, labels=None, class_names=()).save(folder / "inputs" / "unlabelled")
+            spec["clean"] = "inputs/unlabelled"
+    (folder / "job.json").write_text(json.dumps(spec))
+    return folder
 
 
 def test_the_engine_says_what_is_wrong(case: Case, tmp_path: Path) -> None:

@@ -93,13 +93,16 @@ def grams(maps: torch.Tensor, orders: int) -> torch.Tensor:
     means where there are more than 128 channels.
     """
     flat = maps.float().flatten(2)
+    # Powers of numbers up to 64 neither overflow nor vanish soon; the root takes the scale out again, a power of two, which rounds nothing.
+    scale = (flat.abs().amax((1, 2), keepdim=True).clamp(min=1e-30) / 64).log2().ceil().exp2()
+    flat = flat / scale
     channels = flat.shape[1]
     rows, columns = torch.triu_indices(channels, channels, device=maps.device)
     found = []
     for order in range(1, orders + 1):
         power = flat**order
         gram = power @ power.transpose(1, 2)
-        gram = gram.sign() * gram.abs() ** (1 / order)
+        gram = gram.sign() * gram.abs() ** (1 / order) * scale.square()
         found.append(gram[:, rows, columns] if channels <= CHANNELS else gram.mean(2))
     return torch.cat(found, 1)
 

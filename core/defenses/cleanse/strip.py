@@ -9,7 +9,7 @@ from pydantic import Field
 
 from core.activations import Observing, collect, flagged_by, observed, observer
 from core.catalog import Inputs, Need, Outcome, defense
-from core.classifier import Classifier
+from core.classifier import Classifier, checked
 from core.images import ImageSet, as_floats
 from core.run import Run
 from core.training import mixed_precision
@@ -53,7 +53,7 @@ def run(run: Run, inputs: Inputs, params: Strip) -> Outcome:
 def entropies(run: Run, name: str, model: Classifier, data: ImageSet, overlays: torch.Tensor, *, batch_size: int = 20) -> torch.Tensor:
     """Return the mean entropy (nats) of the predictions for each image plus each overlay, (N,), as a resumable stage.
 
-    The sum is not clipped: as published, the model sees values up to 2.
+    The sum is not clipped: as published, the model sees values up to 2. Raises `OutputsNotFinite`.
     """
     found = torch.zeros(len(data), device=run.device)
     blocks = torch.arange(len(data)).split(batch_size)
@@ -65,4 +65,4 @@ def entropies(run: Run, name: str, model: Classifier, data: ImageSet, overlays: 
             logits = model(mixed).float()
         chances = logits.log_softmax(1)
         found[blocks[index].to(run.device)] = -(chances.exp() * chances).sum(1).view(len(images), -1).mean(1)
-    return found
+    return checked(found)
