@@ -28,7 +28,8 @@ def checked(outputs: torch.Tensor) -> torch.Tensor:
 
     Raises `OutputsNotFinite` when a number is NaN or infinite: finite weights may be too large to be multiplied, and nothing can be said of such a model.
     """
-    broken = int((~outputs.isfinite().reshape(len(outputs), -1).all(1)).sum())
+    finite = outputs.isfinite()
+    broken = int((~(finite.flatten(1).all(1) if finite.dim() > 1 else finite)).sum())
     if broken:
         raise OutputsNotFinite(
             f"the model's numbers overflow on {broken} of {len(outputs)} images: they are NaN or infinite",

@@ -5,8 +5,9 @@ import torch
 
 from core import evaluation, poisoning
 from core.attacks.badnets import BadNets
+from core.errors import OutputsNotFinite
 from core.images import ImageSet, from_arrays
-from tests.core.untrained import tiny
+from tests.core.untrained import some_images, tiny
 
 
 def labelled(count: int = 60) -> ImageSet:
@@ -75,6 +76,15 @@ def test_precision_recall_and_filter_rates_equal_plain_counts() -> None:
 
 def test_without_an_attack_there_is_no_asr() -> None:
     assert set(evaluation.evaluate(tiny(), labelled())) == {"ba", "per_class"}
+
+
+def test_images_whose_logits_are_not_finite_have_no_class() -> None:
+    broken, images = tiny(), some_images().images
+    assert evaluation.predict(broken, images[:0]).tolist() == []
+    with torch.no_grad():
+        broken.head.weight.fill_(3e38)
+    with pytest.raises(OutputsNotFinite, match="of 8 images"):
+        evaluation.predict(broken, images)
 
 
 def test_wilson_interval() -> None:
