@@ -10,7 +10,7 @@ import torch
 from core import victim
 from core.catalog import Inputs
 from core.classifier import Classifier, checked
-from core.images import ImageSet, as_floats
+from core.images import ImageSet, as_floats, at_once
 from core.run import Run
 from core.split import Cleansing, Split, Verdict, acquitted, of_flags, stands_out
 
@@ -41,10 +41,13 @@ def observer(run: Run, inputs: Inputs, params: Observing) -> Classifier:
 def collect(run: Run, function: Callable[[torch.Tensor], torch.Tensor], data: ImageSet, *, batch_size: int = 500) -> torch.Tensor:
     """Return `function` of float images in [0, 1] for all of `data`, in order, as one float32 tensor on the run's device.
 
+    Args:
+        batch_size: at most; fewer of large images.
+
     Raises `OutputsNotFinite`.
     """
     found = []
-    for chunk in data.images.split(batch_size):
+    for chunk in data.images.split(at_once(data.images[:1].numel(), batch_size)):
         run.check_cancelled()
         found.append(function(as_floats(chunk.to(run.device))).float())
     return checked(torch.cat(found))

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from core import training
+from core.activations import collect
 from core.catalog import Inputs
-from core.classifier import Classifier, checked
-from core.images import as_floats
+from core.classifier import Classifier
 from core.losses import model_contrastive
 from core.recovery import Stamp
 from core.run import Run
@@ -119,9 +119,8 @@ def calibrate(run: Run, inputs: Inputs, teacher: Classifier, student: Classifier
     clean = inputs.clean
 
     def shifts() -> list[float]:
-        with torch.no_grad():
-            wanted = checked(torch.cat([teacher(as_floats(chunk)) for chunk in clean.images.split(500)])).softmax(1).double()
-            logits = checked(torch.cat([student.eval()(as_floats(chunk)) for chunk in clean.images.split(500)])).double()
+        wanted = collect(run, teacher, clean).softmax(1).double()
+        logits = collect(run, student.eval(), clean).double()
         shift = torch.zeros(student.classes, dtype=torch.float64, device=logits.device, requires_grad=True)
         optimizer = torch.optim.LBFGS([shift], max_iter=200, line_search_fn="strong_wolfe")
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from core.augment import Augment, none
 from core.classifier import Classifier
-from core.images import ImageSet, as_floats
+from core.images import ImageSet, as_floats, at_once
 from core.run import Run
 from core.training import batches, mixed_precision
 
@@ -294,17 +294,21 @@ def invert(
                 break
             images = as_floats(augment(clean.images[chosen.to(run.device)], generator))
             masks, patterns = objective.trigger()
-            stamped = _stamp_all(images, masks[rows], patterns[rows])
-            wanted = targets[rows].repeat_interleave(len(images))
-            with mixed_precision(run.device, enabled=mixed):
-                logits = frozen(stamped).float()
-            errors = F.cross_entropy(logits, wanted, reduction="none").view(len(rows), -1).mean(1)
-            loss = (errors + objective.cost[rows] * masks[rows].abs().sum((1, 2))).sum()
+            slopes = torch.zeros_like(masks), torch.zeros_like(patterns)
+            for part in rows.split(at_once(images.numel(), len(labels))):
+                run.check_cancelled()
+                mask, pattern = masks[part].detach().requires_grad_(True), patterns[part].detach().requires_grad_(True)
+                wanted = targets[part].repeat_interleave(len(images))
+                with mixed_precision(run.device, enabled=mixed):
+                    logits = frozen(_stamp_all(images, mask, pattern)).float()
+                errors = F.cross_entropy(logits, wanted, reduction="none").view(len(part), -1).mean(1)
+                loss = (errors + objective.cost[part] * mask.abs().sum((1, 2))).sum()
+                slopes[0][part], slopes[1][part] = torch.autograd.grad(loss, (mask, pattern))
+                hits[part] += (logits.detach().argmax(1) == wanted).view(len(part), -1).sum(1)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward((masks, patterns), slopes)
             optimizer.step()
             objective.project()
-            hits[rows] += (logits.detach().argmax(1) == wanted).view(len(rows), -1).sum(1)
             seen += len(images)
         with torch.no_grad():
             for parameter, before in zip(objective.parameters, kept, strict=True):

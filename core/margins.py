@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from core.classifier import Classifier
+from core.images import at_once
 from core.run import Run
 from core.training import mixed_precision
 
@@ -27,7 +30,7 @@ def largest_margins(
     velocity = torch.zeros_like(images)
     best = torch.full((count,), float("-inf"), device=run.device)
     for step in run.stage(name, total=steps, images=images, velocity=velocity, best=best):
-        for rows in torch.arange(count, device=run.device).split(batch_size):
+        for rows in torch.arange(count, device=run.device).split(at_once(math.prod(shape), batch_size)):
             here = images[rows].requires_grad_(True)
             with mixed_precision(run.device):
                 logits = frozen(here).float()

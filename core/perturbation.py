@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from core.classifier import Classifier
-from core.images import ImageSet, as_floats
+from core.images import ImageSet, as_floats, at_once
 from core.run import Run
 from core.training import mixed_precision
 
 # Enough to tell the wanted share from less.
 IMAGES = 500
-# Classes that go through the network together: what ImageNet's thousand would take in memory.
-CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def smallest_perturbations(
     stage = run.stage(name, total=steps, generator=generator, found=found, reached=reached, active=active)
     for _ in stage:
         batch = images[torch.randperm(len(images), generator=generator)[:batch_size].to(run.device)]
-        for rows in active.nonzero().squeeze(1).split(CLASSES):
+        for rows in active.nonzero().squeeze(1).split(at_once(batch.numel(), count)):
             here = found[rows].requires_grad_(True)
             wanted = rows.repeat_interleave(len(batch))
             with mixed_precision(run.device):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from core.activations import collect
 from core.architectures import named
 from core.architectures.supcontrast import SupContrast
-from core.classifier import Classifier, checked
-from core.images import ImageSet, as_floats
+from core.classifier import Classifier
+from core.images import ImageSet
 from core.run import Run
 from core.training import batches
 
@@ -24,9 +25,7 @@ def probe(run: Run, name: str, model: Classifier, labelled: ImageSet) -> list[fl
 
 def adapt(run: Run, name: str, model: Classifier, images: ImageSet, original: Classifier) -> list[float]:
     """Train `model.head` on, in place, until it predicts on `images` what `original` (left in eval mode) does; no label is used. See `fit_head`."""
-    with torch.no_grad():
-        wanted = checked(torch.cat([original.eval()(as_floats(chunk)) for chunk in images.images.split(500)])).softmax(1)
-    return fit_head(run, name, model, images, wanted)
+    return fit_head(run, name, model, images, collect(run, original.eval(), images).softmax(1))
 
 
 def fit_head(
@@ -40,8 +39,7 @@ def fit_head(
         wanted: labels (N,) int64, or probabilities (N, classes).
     """
     model.eval()
-    with torch.no_grad():
-        features = checked(torch.cat([model.features(as_floats(chunk)) for chunk in data.images.split(500)]))
+    features = collect(run, model.features, data)
     generator = run.generator(name)
     model.head.requires_grad_(True)
     optimizer = torch.optim.Adam(model.head.parameters(), lr=rate)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from core import inversion
 from core.classifier import Classifier
-from core.images import ImageSet
+from core.images import VALUES, ImageSet
 from core.run import Run
 from tests.core.untrained import some_images, tiny
 
@@ -117,7 +117,9 @@ def sequential(
     return mask.detach(), pattern.detach()
 
 
-def test_all_labels_at_once_equal_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("values", [VALUES, 2 * 4 * 3 * 8 * 8])
+def test_all_labels_at_once_equal_one_at_a_time(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.images.VALUES", values)
     monkeypatch.setattr(inversion, "mixed_precision", lambda *a, **k: contextlib.nullcontext())
     model, data = tiny().requires_grad_(False), some_images()
     start = inversion.FixedCost(3, (3, 8, 8), torch.Generator().manual_seed(5), weight=0.01, patience=99, scale=torch.ones(3), offset=torch.zeros(3))

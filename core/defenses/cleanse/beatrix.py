@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal
 
@@ -58,10 +59,13 @@ def run(run: Run, inputs: Inputs, params: Beatrix) -> Outcome:
     usual = usual[~usual.isnan()]
     threshold = float(np.percentile(usual.cpu().numpy(), params.percentile)) if len(usual) else float("inf")
     limits = bounds(known, said, params.width)
-    waiting = iter(predicted.split(100))
-    scores = collect(
-        run, lambda images: deviations(grams(model.stages(images)[-1], params.orders), next(waiting), limits).nan_to_num(0), suspect, batch_size=100
-    )  # fmt: skip
+    waiting = iter(predicted.tolist())
+
+    def deviation(images: torch.Tensor) -> torch.Tensor:
+        theirs = torch.tensor(list(itertools.islice(waiting, len(images))), device=images.device)
+        return deviations(grams(model.stages(images)[-1], params.orders), theirs, limits).nan_to_num(0)
+
+    scores = collect(run, deviation, suspect, batch_size=100)
     deviant = scores > threshold
     features = collect(run, model.features, suspect)
     distances = [discrepancy(features[(predicted == label) & ~deviant], features[(predicted == label) & deviant], run) for label in range(suspect.classes)]

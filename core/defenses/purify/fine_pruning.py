@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from core.activations import collect
 from core.catalog import Inputs, Need, Outcome, defense
-from core.images import as_floats
 from core.run import Run
 from core.tuning import Repeating, cross_entropy, tune
 
@@ -33,8 +33,7 @@ def run(run: Run, inputs: Inputs, params: FinePruning) -> Outcome:
     assert inputs.model is not None and inputs.clean is not None and inputs.clean.labels is not None
     model = inputs.model.frozen_copy().requires_grad_(True)
     run.phase("pruning")
-    with torch.no_grad():
-        features = torch.cat([model.features(as_floats(chunk)) for chunk in inputs.clean.images.split(500)])
+    features = collect(run, model.features, inputs.clean)
     kept, accuracies = _prune(features, model.head, inputs.clean.labels, params)
     held = (~kept).nonzero().squeeze(1)
     findings = {"pruned": len(held), "channels": len(kept), "accuracy": accuracies}

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from core import training
+from core.activations import collect
 from core.adversarial import within
 from core.catalog import Inputs, Need, Outcome, defense
 from core.classifier import Classifier
@@ -56,7 +57,7 @@ def run(run: Run, inputs: Inputs, params: NPD) -> Outcome:
     conv = _place(model, as_floats(inputs.clean.images[:1]))
     polarizer = Polarizer(conv.in_channels).to(run.device)
     parametrize.register_parametrization(conv, "weight", polarizer)
-    target = _second_choice(model, inputs) if params.target is None else params.target
+    target = _second_choice(run, model, inputs) if params.target is None else params.target
 
     def loss(images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         assert labels is not None
@@ -127,9 +128,7 @@ def _place(model: Classifier, images: torch.Tensor) -> nn.Conv2d:
     return ran[-2]
 
 
-def _second_choice(model: Classifier, inputs: Inputs) -> int:
+def _second_choice(run: Run, model: Classifier, inputs: Inputs) -> int:
     """Return the class that is most often the second most likely one: a backdoor's target lies close to everything."""
     assert inputs.clean is not None
-    with torch.no_grad():
-        second = torch.cat([model(as_floats(chunk)).topk(2).indices[:, 1] for chunk in inputs.clean.images.split(500)])
-    return int(second.bincount().argmax())
+    return int(collect(run, model, inputs.clean).topk(2).indices[:, 1].bincount().argmax())
