@@ -13,6 +13,9 @@ from store.database import now
 from store.errors import LostLease, NotFound, NotTerminal
 from store.tables import Artifact, Checkpoint, Dataset, Event, Job, Model
 
+# What helps a job whose process was ended from outside, most often.
+MORE_MEMORY = "Retry it on a machine with more memory, or with a smaller batch_size."
+
 NewEvent = dict[str, Any]
 
 
@@ -186,10 +189,11 @@ def release(session: Session, job_id: str, fence: int) -> None:
     _to_queue(session, job_id, fence, crashes=Job.crashes, reason="the worker was stopped")
 
 
-def crashed(session: Session, job_id: str, fence: int, *, reason: str, max_crashes: int, only_expired: bool = False) -> str:
+def crashed(session: Session, job_id: str, fence: int, *, reason: str, max_crashes: int, advice: str = MORE_MEMORY, only_expired: bool = False) -> str:
     """Note that a process of this attempt died; return the job's new status (queued, crashed or cancelled).
 
     Args:
+        reason: what was seen of it. advice: what to do if it is the last attempt.
         only_expired: do it only if the lease has run out, for somebody who saw that a moment ago.
 
     Raises `LostLease`.
@@ -203,7 +207,7 @@ def crashed(session: Session, job_id: str, fence: int, *, reason: str, max_crash
         error = {
             "code": "worker_lost",
             "detail": f"the job's process died {job.crashes + 1} times in a row without getting further: {reason}",
-            "advice": "Retry it on a machine with more memory, or with a smaller batch_size.",
+            "advice": advice,
             "phase": job.phase,
             "retryable": True,
         }

@@ -104,18 +104,20 @@ class _Attempt:
         except (NotFound, StoreUnavailable) as error:
             self._kill()
             reason = error.detail
-            return self._insist(lambda: self._crashed(reason))
+            return self._insist(lambda: self._crashed(reason, "Retry it when the database and the object store answer again."))
         except OSError as error:
             self._kill()
             reason = f"the worker's disk or processes failed: {error}"
-            return self._insist(lambda: self._crashed(reason))
+            return self._insist(lambda: self._crashed(reason, "Check the worker's disk, and retry."))
         if self._error is not None and code == EXIT_FAILED:
             why = {"code": self._error["code"], "detail": self._error["message"], "advice": self._error["advice"], "phase": self._phase, "retryable": False}
             return self._insist(lambda: self._fail(why))
         if code == 0 and self._results is not None:
             return self._insist(self._succeed)
         tail = engine.last_words()
-        return self._insist(lambda: self._crashed(f"the engine ended with code {code}{': ' + tail if tail else ''}"))
+        reason = f"the engine ended with code {code}{': ' + tail if tail else ''}"
+        # A signal ends what takes too much memory; what ends by itself without saying why has met a fault of ours.
+        return self._insist(lambda: self._crashed(reason, jobs.MORE_MEMORY if code < 0 else "Report this message; a retry is unlikely to end otherwise."))
 
     def clear(self) -> None:
         """Stop what runs and remove the scratch folder."""
@@ -348,9 +350,9 @@ class _Attempt:
             jobs.fail(session, self._job.id, self._job.attempt, error)
         return "failed"
 
-    def _crashed(self, reason: str) -> str:
+    def _crashed(self, reason: str, advice: str) -> str:
         with self._database.write() as session:
-            return jobs.crashed(session, self._job.id, self._job.attempt, reason=reason, max_crashes=self._settings.max_crashes)
+            return jobs.crashed(session, self._job.id, self._job.attempt, reason=reason, advice=advice, max_crashes=self._settings.max_crashes)
 
     def _stopped(self, reason: str) -> str:
         def act() -> str:

@@ -197,13 +197,15 @@ def test_a_stopping_worker_gives_its_job_back(make_stack: StackMaker, case: Case
         assert (found["status"], found["attempt"]) == ("succeeded", 2)
 
 
-def test_a_job_that_always_crashes_is_given_up(make_stack: StackMaker, case: Case) -> None:
-    stack = make_stack("laptop", UNPOISON_ENGINE_COMMAND="sh -c 'kill -9 $$' engine", UNPOISON_MAX_CRASHES="2")
+@pytest.mark.parametrize(("end", "advice"), [("kill -9 $$", "more memory"), ("echo ValueError: no >&2; exit 1", "Report this message")])
+def test_a_job_that_always_crashes_is_given_up(end: str, advice: str, make_stack: StackMaker, case: Case) -> None:
+    stack = make_stack("laptop", UNPOISON_ENGINE_COMMAND=f"sh -c '{end}' engine", UNPOISON_MAX_CRASHES="2")
     stack.start_api()
     stack.start_worker()
     with stack.client() as client:
         uploaded = upload(client, case)
         found = ends(client, uploaded.job(client), stack)
         assert (found["status"], found["error"]["code"], found["attempt"]) == ("crashed", "worker_lost", 2)
+        assert advice in found["error"]["advice"] and ("kill" in end or "code 1: ValueError: no" in found["error"]["detail"])
         again = client.jobs.retry(found["id"])
         assert again["retry_of"] == found["id"]
