@@ -22,6 +22,9 @@ class Contrast(Repeating):
     """Parameters of the elimination; `anchor` 0 and `calibrate` false are as published on CIFAR-10."""
 
     temperature: float = Field(default=0.5, gt=0, le=10, title="Temperature", description="tau of Eqs. 3 and 4.")
+    first_epochs: int = Field(
+        default=1, ge=1, le=1000, title="First epochs", description="At the full rate; 2 as published for GTSRB, whose `learning_rate` is 0.01."
+    )
     anchor: float = Field(
         default=2.0,
         ge=0,
@@ -74,7 +77,8 @@ def eliminate(run: Run, inputs: Inputs, teacher: Classifier, stamp: Stamp, param
         "prepare": lambda: student.train(params.bn != "frozen"),
         "state": {"stamp": generator},
     }
-    history = tune(run, "contrast", inputs, params, lambda images, labels: loss(images, params.anchor), **tuning)
+    schedule = training.two_drops(params.learning_rate, params.epochs, first=params.first_epochs)
+    history = tune(run, "contrast", inputs, params, lambda images, labels: loss(images, params.anchor), schedule=schedule, **tuning)
     if params.settling_epochs:
         student.head.requires_grad_(False)
         rate, settling = params.learning_rate / 40, params.model_copy(update={"epochs": params.settling_epochs})

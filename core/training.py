@@ -62,9 +62,9 @@ def steps(*marks: tuple[int, float]) -> Schedule:
     return rate
 
 
-def two_drops(rate: float, epochs: int) -> Schedule:
-    """Return MCLDef's schedule: `rate` for the first epoch, a tenth of it until half of the epochs, then a hundredth."""
-    return steps((0, rate), (1, rate / 10), (max(epochs // 2, 2), rate / 100))
+def two_drops(rate: float, epochs: int, *, first: int = 1) -> Schedule:
+    """Return MCLDef's schedule: `rate` for the `first` epochs, a tenth of it until half of all epochs, then a hundredth."""
+    return steps((0, rate), (first, rate / 10), (max(epochs // 2, first + 1), rate / 100))
 
 
 def one_cycle(epochs: int, peak: float, warm: float = 0.25) -> Schedule:

@@ -25,7 +25,7 @@ from core.classifier import Classifier
 from core.errors import Cancelled, Diverged
 from core.images import ImageSet
 from core.run import Run
-from core.training import fit, one_cycle, steps
+from core.training import fit, one_cycle, steps, two_drops
 from tests.conftest import QUICK, Case
 
 
@@ -129,6 +129,9 @@ def test_training_reports_divergence() -> None:
 def test_schedules() -> None:
     rate = steps((0, 0.1), (1, 0.01), (10, 0.001))
     assert [rate(epoch) for epoch in (0, 0.9, 1, 9.5, 10, 19)] == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    # MCLDef's on GTSRB; then one so short that it never drops twice.
+    assert [two_drops(0.01, 20, first=2)(epoch) for epoch in (0, 1, 2, 9, 10, 19)] == pytest.approx([0.01, 0.01, 0.001, 0.001, 1e-4, 1e-4])
+    assert [two_drops(0.1, 2)(epoch) for epoch in (0, 1)] == pytest.approx([0.1, 0.01])
     cycle = one_cycle(10, 0.4)
     assert cycle(0) == 0 and cycle(2.5) == pytest.approx(0.4) and cycle(10) == pytest.approx(0)
 
