@@ -296,7 +296,6 @@ def invert(
             masks, patterns = objective.trigger()
             slopes = torch.zeros_like(masks), torch.zeros_like(patterns)
             for part in rows.split(at_once(images.numel(), len(labels))):
-                run.check_cancelled()
                 mask, pattern = masks[part].detach().requires_grad_(True), patterns[part].detach().requires_grad_(True)
                 wanted = targets[part].repeat_interleave(len(images))
                 with mixed_precision(run.device, enabled=mixed):
