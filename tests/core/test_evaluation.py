@@ -6,7 +6,7 @@ import torch
 from core import evaluation, poisoning
 from core.attacks.badnets import BadNets
 from core.errors import OutputsNotFinite
-from core.images import ImageSet, from_arrays
+from core.images import ImageSet, at_once, from_arrays
 from tests.core.untrained import some_images, tiny
 
 
@@ -102,6 +102,10 @@ def test_der_limits() -> None:
     assert evaluation.defense_effectiveness(measured(0.9, 1.0), measured(0.9, 0.0)) == 1.0
     assert evaluation.defense_effectiveness(measured(0.9, 1.0), measured(0.8, 0.0)) == pytest.approx(0.95)
     assert evaluation.defense_effectiveness({"ba": {"value": 0.9}}, {"ba": {"value": 0.9}}) is None
+
+
+def test_large_images_go_through_a_network_in_smaller_parts() -> None:
+    assert [at_once(values, 500) for values in (0, 3 * 32 * 32, 3 * 224 * 224, 1 << 40)] == [500, 500, 55, 1]
 
 
 def test_image_sets_round_trip(tmp_path: object) -> None:
