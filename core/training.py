@@ -86,6 +86,11 @@ def cosine(epochs: int, start: float) -> Schedule:
     return rate
 
 
+def waves(start: float, turns: float) -> Schedule:
+    """Return a cosine from `start` to zero and back, over and over, with `turns` half periods an epoch."""
+    return lambda epoch: start * (1 + math.cos(math.pi * turns * epoch)) / 2
+
+
 def warmed_cosine(epochs: int, rate: float, *, warm_from: float = 0.01, floor: float = 1e-3) -> Schedule:
     """Return SupContrast's schedule: half a cosine from `rate` to `rate * floor` by whole epochs, reached by a linear rise over the first ones.
 

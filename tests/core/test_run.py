@@ -25,7 +25,7 @@ from core.classifier import Classifier
 from core.errors import Cancelled, Diverged
 from core.images import ImageSet
 from core.run import Run
-from core.training import fit, one_cycle, steps, two_drops
+from core.training import fit, one_cycle, steps, two_drops, waves
 from tests.conftest import QUICK, Case
 
 
@@ -132,6 +132,13 @@ def test_schedules() -> None:
     # MCLDef's on GTSRB; then one so short that it never drops twice.
     assert [two_drops(0.01, 20, first=2)(epoch) for epoch in (0, 1, 2, 9, 10, 19)] == pytest.approx([0.01, 0.01, 0.001, 0.001, 1e-4, 1e-4])
     assert [two_drops(0.1, 2)(epoch) for epoch in (0, 1)] == pytest.approx([0.1, 0.01])
+    # Ten steps an epoch: torch's cosine of 100 steps, stepped by each.
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    wave = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([parameter], lr=0.01), T_max=100)
+    for step in range(250):
+        assert waves(0.01, 10 / 100)(step / 10) == pytest.approx(wave.get_last_lr()[0], abs=1e-9)
+        wave.optimizer.step()
+        wave.step()
     cycle = one_cycle(10, 0.4)
     assert cycle(0) == 0 and cycle(2.5) == pytest.approx(0.4) and cycle(10) == pytest.approx(0)
 

@@ -24,9 +24,14 @@ class FTSAM(Repeating):
     method: Literal["ft_sam"]
     epochs: int = epochs_field(100)
     batch_size: int = Field(default=256, ge=2, le=4096, title="Batch size")
-    learning_rate: float = rate_field(0.01, "Falls to zero along a cosine.")
+    learning_rate: float = rate_field(0.01, "Of the first step.")
     rho: float = Field(
         default=2.0, gt=0, le=1000, title="Rho", description="How far the weights are moved against the loss: 2 on CIFAR, 8 on GTSRB and Tiny ImageNet."
+    )
+    schedule: Literal["epochs", "steps"] = Field(
+        default="epochs",
+        title="Schedule",
+        description="`epochs`: the rate falls along one cosine. `steps`: as BackdoorBench has it, along a cosine of 100 steps and back again, over and over.",
     )
     smoothing: float = Field(default=0.1, ge=0, lt=1, title="Label smoothing")
 
@@ -51,8 +56,11 @@ def run(run: Run, inputs: Inputs, params: FTSAM) -> Outcome:
         with _statistics_kept(model):
             return F.cross_entropy(model(images).float(), labels, label_smoothing=params.smoothing)
 
+    steps = max(len(params.epoch(inputs.clean)) // params.batch_size, 1)
+    rate = params.learning_rate
+    schedule = training.cosine(params.epochs, rate) if params.schedule == "epochs" else training.waves(rate, steps / 100)
     run.phase("fine-tuning")
-    history = tune(run, "fine-tune", inputs, params, loss, model=model, optimizer=optimizer, schedule=training.cosine(params.epochs, params.learning_rate))
+    history = tune(run, "fine-tune", inputs, params, loss, model=model, optimizer=optimizer, schedule=schedule)
     return Outcome(model=model, findings={"loss": history})
 
 
