@@ -44,7 +44,7 @@ class NPD(Repeating):
     title="Neural polarizer",
     paper="Zhu et al., Neural Polarizer: A Lightweight and Effective Backdoor Defense via Purifying Poisoned Features, NeurIPS 2023",
     needs=(Need.MODEL, Need.CLEAN_IMAGES, Need.CLEAN_LABELS),
-    caution="On small models with 300 clean images patches and blends often survived.",
+    caution="On small models with 300 clean images patches and blends often survived; a WRN-16-1 for CIFAR-10 with 2,500 lost 7 points of accuracy and kept 13 to 34 % of a patch.",
 )
 def run(run: Run, inputs: Inputs, params: NPD) -> Outcome:
     """Learn a linear map of one layer's input with adversarial examples, everything else frozen, and fold it into the next convolution.
