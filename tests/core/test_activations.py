@@ -150,7 +150,7 @@ def test_gram_matrices_take_the_power_first() -> None:
                     value = float((flat[image, i] ** order * flat[image, j] ** order).sum())
                     wanted.append(math.copysign(abs(value) ** (1 / order), value))
             assert found[image, 6 * index : 6 * index + 6].tolist() == pytest.approx(wanted, rel=1e-4)
-    # The eighth power of a transformer's largest activations is beyond float32.
+    # Products of the eighth powers of such activations are beyond float32.
     large = beatrix.grams(3000 * maps, 8)
     assert large.isfinite().all() and torch.allclose(large, 3000**2 * beatrix.grams(maps, 8), rtol=1e-4)
 

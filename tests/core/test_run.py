@@ -22,10 +22,9 @@ from core import architectures, catalog, poisoning, snapshot, weights
 from core.attacks.badnets import BadNets
 from core.catalog import Kind, Need
 from core.classifier import Classifier
-from core.errors import Cancelled, Diverged
+from core.errors import Cancelled
 from core.images import ImageSet
 from core.run import Run
-from core.training import fit, one_cycle, steps, two_drops, waves
 from tests.conftest import QUICK, Case
 
 
@@ -114,33 +113,6 @@ def test_seeds_and_scopes_give_their_own_streams() -> None:
     draws = {name: torch.rand(2, generator=Run(seed=seed).generator(scope)).tolist() for name, seed, scope in (("a", 0, "x"), ("b", 0, "y"), ("c", 1, "x"))}
     assert draws["a"] == torch.rand(2, generator=Run(seed=0).generator("x")).tolist()
     assert draws["a"] != draws["b"] != draws["c"]
-
-
-def test_training_reports_divergence() -> None:
-    data = ImageSet(torch.zeros(8, 1, 2, 2, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
-    network = nn.Linear(1, 1)
-    with pytest.raises(Diverged, match="epoch 1"):
-        fit(
-            Run(), "bad", data=data, loss=lambda images, labels: network(torch.full((1, 1), float("nan"))).sum(), network=network,
-            optimizer=torch.optim.SGD(network.parameters(), lr=1.0), schedule=steps((0, 1.0)), epochs=1, batch_size=4,
-        )  # fmt: skip
-
-
-def test_schedules() -> None:
-    rate = steps((0, 0.1), (1, 0.01), (10, 0.001))
-    assert [rate(epoch) for epoch in (0, 0.9, 1, 9.5, 10, 19)] == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
-    # MCLDef's on GTSRB; then one so short that it never drops twice.
-    assert [two_drops(0.01, 20, first=2)(epoch) for epoch in (0, 1, 2, 9, 10, 19)] == pytest.approx([0.01, 0.01, 0.001, 0.001, 1e-4, 1e-4])
-    assert [two_drops(0.1, 2)(epoch) for epoch in (0, 1)] == pytest.approx([0.1, 0.01])
-    # Ten steps an epoch: torch's cosine of 100 steps, stepped by each.
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    wave = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([parameter], lr=0.01), T_max=100)
-    for step in range(250):
-        assert waves(0.01, 10 / 100)(step / 10) == pytest.approx(wave.get_last_lr()[0], abs=1e-9)
-        wave.optimizer.step()
-        wave.step()
-    cycle = one_cycle(10, 0.4)
-    assert cycle(0) == 0 and cycle(2.5) == pytest.approx(0.4) and cycle(10) == pytest.approx(0)
 
 
 # -- every method of the catalogue -----------------------------------------------------------------------------------
