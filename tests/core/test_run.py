@@ -190,7 +190,7 @@ def rough_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.page.ROUNDS", 250)
 
 
-def lay_out(folder: Path, case: Case, method: str) -> Path:
+def lay_out(folder: Path, case: Case, method: str, *, suspect: int = 500) -> Path:
     (folder / "inputs").mkdir(parents=True)
     (folder / "inputs" / "model.safetensors").write_bytes(case.model.read_bytes())
     case.data.clean.save(folder / "inputs" / "clean")
@@ -203,7 +203,7 @@ def lay_out(folder: Path, case: Case, method: str) -> Path:
         "checkpoint_seconds": 0,
     }
     if Need.SUSPECT_DATASET in catalog.defenses()[method].needs:
-        digits.poisoned(case.data.train.subset(torch.arange(500)), BadNets(method="badnets", target=5)).save(folder / "inputs" / "suspect")
+        digits.poisoned(case.data.train.subset(torch.arange(suspect)), BadNets(method="badnets", target=5)).save(folder / "inputs" / "suspect")
         spec |= {"model": None, "suspect": "inputs/suspect"}
     (folder / "job.json").write_text(json.dumps(spec))
     return folder
