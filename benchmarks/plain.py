@@ -1,11 +1,13 @@
 """The reference that speed is compared with: Neural Cleanse and MCLDef as plain loops, written from the papers' equations.
 
-One label at a time, images through a DataLoader with a transform each, single precision, nothing shared between labels.
+One label at a time, images through a DataLoader with a transform each, single precision, nothing shared between labels. They run where
+the model is.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,22 +40,24 @@ def neural_cleanse(model: Classifier, images: torch.Tensor, *, passes: int, batc
     A pass is `batches` mini-batches. The cost starts at 0, is set to 1e-3 after five successful passes, doubled after five more and divided by
     2^1.5 after five failures; a label ends when it has moved both ways and 25 passes brought no smaller mask.
     """
-    model = _reference(model)
+    model, device = _reference(model), next(model.parameters()).device
     norms = []
     for label in range(model.classes):
         loader = DataLoader(Pictures(images, augment=False), batch_size=batch_size, shuffle=True)
-        mask, pattern = (torch.atanh((torch.rand(*size) - 0.5) * (2 - 1e-4)).requires_grad_(True) for size in (images.shape[2:], images.shape[1:]))
+        mask, pattern = (
+            torch.atanh((torch.rand(*size, device=device) - 0.5) * (2 - 1e-4)).requires_grad_(True) for size in (images.shape[2:], images.shape[1:])
+        )
         optimizer = torch.optim.Adam([mask, pattern], lr=0.1, betas=(0.5, 0.9))
         cost, best, set_, up, down, stale = 0.0, float("inf"), 0, 0, 0, 0
         raised = lowered = False
         for _ in range(passes):
             hits = seen = 0
-            for index, (x, _) in enumerate(loader):
+            for index, x in enumerate(_placed(loader, device)):
                 if index == batches:
                     break
                 m, delta = torch.tanh(mask) / 2 + 0.5, torch.tanh(pattern) / 2 + 0.5
                 logits = model((1 - m) * x + m * delta)
-                loss = F.cross_entropy(logits, torch.full((len(x),), label)) + cost * m.abs().sum()
+                loss = F.cross_entropy(logits, torch.full((len(x),), label, device=device)) + cost * m.abs().sum()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -78,13 +82,13 @@ def neural_cleanse(model: Classifier, images: torch.Tensor, *, passes: int, batc
 
 def mcldef(model: Classifier, images: torch.Tensor, *, target: int, inversion_epochs: int, epochs: int) -> tuple[Classifier, float]:
     """Run both stages of MCLDef as published; return the student and the mask's norm."""
-    model = _reference(model)
+    model, device = _reference(model), next(model.parameters()).device
     loader = DataLoader(Pictures(images, augment=True), batch_size=64, shuffle=True)
-    mask, pattern = (torch.rand(*size).requires_grad_(True) for size in (images.shape[2:], images.shape[1:]))
+    mask, pattern = (torch.rand(*size, device=device).requires_grad_(True) for size in (images.shape[2:], images.shape[1:]))
     optimizer: torch.optim.Optimizer = torch.optim.Adam([mask, pattern], lr=0.005)
     for _ in range(inversion_epochs):
-        for x, _ in loader:
-            loss = F.cross_entropy(model((1 - mask) * x + mask * pattern), torch.full((len(x),), target)) + 0.01 * mask.abs().sum()
+        for x in _placed(loader, device):
+            loss = F.cross_entropy(model((1 - mask) * x + mask * pattern), torch.full((len(x),), target, device=device)) + 0.01 * mask.abs().sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -99,17 +103,23 @@ def mcldef(model: Classifier, images: torch.Tensor, *, target: int, inversion_ep
     for epoch in range(epochs):
         student.train()
         optimizer.param_groups[0]["lr"] = 0.1 if epoch == 0 else 0.01 if epoch < epochs // 2 else 0.001
-        for x, _ in loader:
+        for x in _placed(loader, device):
             stamped = (1 - mask) * x + mask * pattern
             with torch.no_grad():
                 clean, poisoned = model.features(x), model.features(stamped)
             z = student.features(stamped)
             near, far = F.cosine_similarity(z, clean), F.cosine_similarity(z, poisoned)
-            loss = F.cross_entropy(torch.stack([near, far], 1) / 0.5, torch.zeros(len(x), dtype=torch.int64))
+            loss = F.cross_entropy(torch.stack([near, far], 1) / 0.5, torch.zeros(len(x), dtype=torch.int64, device=device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     return student.eval(), float(mask.sum())
+
+
+def _placed(loader: DataLoader[tuple[torch.Tensor, int]], device: torch.device) -> Iterator[torch.Tensor]:
+    """Yield the loader's images on the device, without their labels."""
+    for images, _ in loader:
+        yield images.to(device)
 
 
 def _reference(model: Classifier) -> Classifier:

@@ -3,6 +3,7 @@
 Attack generation in images a second; the training loop beside the bare model's forward and backward pass, taken in turns in one
 process; Neural Cleanse and MCLDef beside plain loops written from the papers; votes and energies of 50,000 embeddings beside the naive
 computation on a part of them; an encoder's step with and without its loss and augmentation. The last line is one JSON object.
+`--device cuda` measures all but the poisoning, which no GPU does, on one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -43,16 +45,18 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--only", choices=["attacks", "training", "purification", "cleansing"], help="measure one part")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
+    device = torch.device(options.device)
     torch.set_num_threads(os.cpu_count() or 1)
     # As the engine does.
     keep_freed_memory()
     repeatable()
     parts: dict[str, Callable[[], Any]] = {
         "attacks": lambda: attacks(options.rounds),
-        "training": lambda: [step(batch, options.rounds) for batch in (64, 128)],
-        "purification": lambda: [*inspection(), purification()],
-        "cleansing": lambda: {"comparing": comparing(), "encoding": encoding(options.rounds)},
+        "training": lambda: [step(device, batch, options.rounds) for batch in (64, 128)],
+        "purification": lambda: [*inspection(device), purification(device)],
+        "cleansing": lambda: {"comparing": comparing(device), "encoding": encoding(device, options.rounds)},
     }
     found: dict[str, Any] = {name: measure() for name, measure in parts.items() if options.only in (None, name)} | {"machine": machine()}
     reached = shown(found)
@@ -77,7 +81,7 @@ def shown(found: dict[str, Any]) -> bool:
             print("  ends at " + ", ".join(f"{what} {value:.2%}" for what, value in one["after"].items()))
         for who, masks in one.get("masks", {}).items():
             print(f"  masks, {who}: " + " ".join(f"{norm:.1f}" for norm in masks["norms"]) + f"; flagged {masks['flagged']}")
-        reached &= one["plain"] / one["ours"] >= one["aim"]
+        reached &= one["plain"] / one["ours"] >= one["aim"] and one["ours"] <= one.get("most", math.inf)
     if "cleansing" in found:
         near, step = found["cleansing"]["comparing"], found["cleansing"]["encoding"]
         print(
@@ -107,13 +111,13 @@ def attacks(rounds: int) -> dict[str, Any]:
     return found
 
 
-def step(batch: int, rounds: int, steps: int = 40) -> dict[str, Any]:
+def step(device: torch.device, batch: int, rounds: int, steps: int = 40) -> dict[str, Any]:
     """Return images a second of the training loop and of the bare forward and backward pass, in turns; medians."""
     described = architectures.named("wrn-16-1", classes=10)
-    model = Classifier(described.build(), described, weights.PREPROCESSINGS[0]).train()
-    data = ImageSet(random_images(batch * steps), torch.arange(batch * steps) % 10)
+    model = Classifier(described.build(), described, weights.PREPROCESSINGS[0]).to(device).train()
+    data = ImageSet(random_images(batch * steps), torch.arange(batch * steps) % 10).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    floats, labels = as_floats(data.images[:batch]), torch.arange(batch) % 10
+    floats, labels = as_floats(data.images[:batch]), torch.arange(batch, device=device) % 10
 
     def loss(images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         assert labels is not None
@@ -121,13 +125,13 @@ def step(batch: int, rounds: int, steps: int = 40) -> dict[str, Any]:
 
     def loop() -> None:
         training.fit(
-            Run(device="cpu"), "speed", data=data, loss=loss, network=model, optimizer=optimizer, schedule=training.steps((0, 1e-3)),
+            Run(device=str(device)), "speed", data=data, loss=loss, network=model, optimizer=optimizer, schedule=training.steps((0, 1e-3)),
             epochs=1, batch_size=batch, prepare=model.train,
         )  # fmt: skip
 
     def bare() -> None:
         for _ in range(steps):
-            with training.mixed_precision(torch.device("cpu")):
+            with training.mixed_precision(device):
                 value = loss(floats, labels)
             model.zero_grad(set_to_none=True)
             value.backward()
@@ -141,17 +145,17 @@ def step(batch: int, rounds: int, steps: int = 40) -> dict[str, Any]:
     return {"batch": batch, "fit": batch * steps / fit, "bare": batch * steps / plain, "overhead": fit / plain - 1}
 
 
-def inspection(passes: int = 120, batches: int = 8, batch_size: int = 32) -> list[dict[str, Any]]:
+def inspection(device: torch.device, passes: int = 120, batches: int = 8, batch_size: int = 32) -> list[dict[str, Any]]:
     """Return the seconds of Neural Cleanse over ten labels, ours with its defaults and leaving early, and as a plain loop, with the masks of each."""
-    model, clean = published()
+    model, clean = published(device)
     norms: dict[str, list[float]] = {}
 
     def ours(name: str, **rule: Any) -> None:
         how: dict[str, Any] = {"passes": passes, "batches_per_pass": batches, "batch_size": batch_size, **rule}
-        norms[name] = inversion.invert_every_label(Run(device="cpu"), "speed", classifier=model, clean=clean, **how).norms
+        norms[name] = inversion.invert_every_label(Run(device=str(device)), "speed", classifier=model, clean=clean, **how).norms
 
     whole, early = timed(lambda: ours("whole"), 1), timed(lambda: ours("early", tolerance=0.05, patience=20), 1)
-    plainly, norms["plain"] = alone(plain_neural_cleanse, passes, batches, batch_size)
+    plainly, norms["plain"] = alone(plain_neural_cleanse, device, passes, batches, batch_size)
     what = f"Neural Cleanse, 10 labels, at most {passes} passes of {batches} batches of {batch_size}"
     masks = {name: {"norms": found, "flagged": inversion.flagged(found)} for name, found in norms.items()}
     return [
@@ -160,41 +164,42 @@ def inspection(passes: int = 120, batches: int = 8, batch_size: int = 32) -> lis
     ]
 
 
-def plain_neural_cleanse(passes: int, batches: int, batch_size: int) -> tuple[float, list[float]]:
+def plain_neural_cleanse(device: torch.device, passes: int, batches: int, batch_size: int) -> tuple[float, list[float]]:
     """Return the seconds of the plain loop, and its masks' norms."""
-    model, clean = published()
+    model, clean = published(device)
     norms: list[list[float]] = []
-    seconds = timed(lambda: norms.append(plain.neural_cleanse(model, clean.images, passes=passes, batches=batches, batch_size=batch_size)), 1)
+    seconds = timed(lambda: norms.append(plain.neural_cleanse(model, clean.images.cpu(), passes=passes, batches=batches, batch_size=batch_size)), 1)
     return seconds, norms[0]
 
 
-def purification(share: float = 0.2) -> dict[str, Any]:
+def purification(device: torch.device, share: float = 0.2) -> dict[str, Any]:
     """Return the seconds of MCLDef's two stages on 2,500 images, ours whole with its defaults and the published schedule as a plain loop, and BA and ASR after ours.
 
     Args:
         share: of its epochs that the plain loop is timed for; its time goes with them, so the whole is reckoned from that.
     """
-    model, clean = published()
+    model, clean = published(device)
     method = catalog.defenses()["mcldef"]
     purified: list[Classifier] = []
 
     def ours() -> None:
-        outcome = method.run(Run(device="cpu"), catalog.Inputs(model=model, clean=clean), method.params(method="mcldef", target=5, rounds=1))
+        outcome = method.run(Run(device=str(device)), catalog.Inputs(model=model, clean=clean), method.params(method="mcldef", target=5, rounds=1))
         assert outcome.model is not None
         purified.append(outcome.model)
 
-    seconds = {"ours": timed(ours, 1), "plain": alone(plain_mcldef, share) / share}
+    seconds = {"ours": timed(ours, 1), "plain": alone(plain_mcldef, device, share) / share}
     test = data("cifar10")[1]
     triggered = poisoning.triggered(test, poisoning.declared(BadNets(method="badnets", target=5), (3, 32, 32), 10), 10)
     after = evaluation.evaluate(purified[0], test, triggered)
     rates = {name: after[name]["value"] for name in ("ba", "ba_excluding_target", "asr")}
-    return {"what": f"MCLDef, 2,500 images (the plain loop: {share:.0%} of its epochs)", **seconds, "aim": 3.0, "after": rates}
+    aims = {"aim": 3.0} | ({"most": 30.0} if device.type == "cuda" else {})
+    return {"what": f"MCLDef, 2,500 images (the plain loop: {share:.0%} of its epochs)", **seconds, **aims, "after": rates}
 
 
-def plain_mcldef(share: float) -> float:
+def plain_mcldef(device: torch.device, share: float) -> float:
     """Return the seconds of a share of the plain loop's epochs."""
-    model, clean = published()
-    return timed(lambda: plain.mcldef(model, clean.images, target=5, inversion_epochs=round(share * 100), epochs=round(share * 20)), 1)
+    model, clean = published(device)
+    return timed(lambda: plain.mcldef(model, clean.images.cpu(), target=5, inversion_epochs=round(share * 100), epochs=round(share * 20)), 1)
 
 
 def alone(measure: Callable[..., Any], *given: Any) -> Any:
@@ -204,13 +209,13 @@ def alone(measure: Callable[..., Any], *given: Any) -> Any:
         return pool.submit(measure, *given).result()
 
 
-def comparing(images: int = 50_000, width: int = 128, k: int = 2_500, rows: int = 20) -> dict[str, Any]:
+def comparing(device: torch.device, images: int = 50_000, width: int = 128, k: int = 2_500, rows: int = 20) -> dict[str, Any]:
     """Return seconds and peak memory of `core.neighbours`, and of the naive computation from a few rows, with the largest difference of the two."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 10, (images,), generator=generator)
     features = F.normalize(torch.randn(images, width, generator=generator) + torch.randn(10, width, generator=generator)[labels], dim=1)
     found: list[neighbours.Neighbourhood] = []
-    seconds = timed(lambda: found.append(neighbours.neighbourhood(Run(device="cpu"), "speed", features, labels, 10, k=k)), 1)
+    seconds = timed(lambda: found.append(neighbours.neighbourhood(Run(device=str(device)), "speed", features.to(device), labels.to(device), 10, k=k)), 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     largest = 0.0
     started = time.perf_counter()
@@ -220,23 +225,25 @@ def comparing(images: int = 50_000, width: int = 128, k: int = 2_500, rows: int 
         nearest = labels[others][near[others].argsort(descending=True)[:k]]
         pull = (near[others].double() / 0.5).exp()
         energies = torch.stack([pull[labels[others] == label].mean() for label in range(10)]).log() - pull.sum().log()
-        difference = max(float((found[0].energies[row] - energies).abs().max()), float((found[0].votes[row] - nearest.bincount(minlength=10)).abs().max()))
+        difference = max(
+            float((found[0].energies[row].cpu() - energies).abs().max()), float((found[0].votes[row].cpu() - nearest.bincount(minlength=10)).abs().max())
+        )
         largest = max(largest, difference)
     naive = (time.perf_counter() - started) / rows * images
     return {"images": images, "k": k, "seconds": seconds, "peak_mb": peak, "naive_seconds": naive, "rows": rows, "largest_difference": largest}
 
 
-def encoding(rounds: int, images: int = 512) -> dict[str, Any]:
+def encoding(device: torch.device, rounds: int, images: int = 512) -> dict[str, Any]:
     """Return the median seconds of an encoder's bare forward and backward pass over two views, of SimCLR's loss, and of the augmentation."""
-    pixels = as_floats(random_images(images))
+    pixels = as_floats(random_images(images).to(device))
     described = architectures.named("wrn-16-1", classes=10)
-    encoder = encoders.Encoder(Classifier(described.build(), described, weights.PREPROCESSINGS[0]), "linear", 128).train()
+    encoder = encoders.Encoder(Classifier(described.build(), described, weights.PREPROCESSINGS[0]), "linear", 128).to(device).train()
     view, generator = augment.simclr(), torch.Generator().manual_seed(0)
-    views, alike = torch.cat([pixels, pixels]), torch.eye(images, dtype=torch.bool)
-    embedded = torch.randn(2 * images, 128).requires_grad_(True)
+    views, alike = torch.cat([pixels, pixels]), torch.eye(images, dtype=torch.bool, device=device)
+    embedded = torch.randn(2 * images, 128, device=device).requires_grad_(True)
 
     def bare() -> None:
-        with training.mixed_precision(torch.device("cpu")):
+        with training.mixed_precision(device):
             value = encoder(views).float().square().mean()
         value.backward()
 
@@ -250,22 +257,30 @@ def encoding(rounds: int, images: int = 512) -> dict[str, Any]:
     return {"images": images, **{name: statistics.median(values[1:]) for name, values in taken.items()}}
 
 
-def published() -> tuple[Classifier, ImageSet]:
-    """Return the victim that MCLDef's authors published and 2,500 clean images."""
+def published(device: torch.device) -> tuple[Classifier, ImageSet]:
+    """Return the victim that MCLDef's authors published and 2,500 clean images, on `device`."""
     checkpoint = "cases/mcldef-wrn16-1-badnets/WRN-16-1-badnet.pth.tar"
-    setting = Setting(dataset="cifar10", model=checkpoint, recipe="mcldef", preprocessing="cifar10", clean_fraction=0.05, device="cpu")
+    setting = Setting(dataset="cifar10", model=checkpoint, recipe="mcldef", preprocessing="cifar10", clean_fraction=0.05, device=str(device))
     model, _ = trained(setting, {"method": "badnets", "target": 5}, 0)
-    return model, data("cifar10")[0].sample(2500, Run(seed=0).generator("clean images"))
+    return model.to(device), data("cifar10")[0].sample(2500, Run(seed=0).generator("clean images")).to(device)
 
 
 def timed(act: Callable[[], object], rounds: int) -> float:
     """Return the median of the seconds that `act` takes."""
     seconds = []
     for _ in range(rounds):
+        _wait()
         started = time.perf_counter()
         act()
+        _wait()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
+
+
+def _wait() -> None:
+    """Let a GPU end what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def random_images(count: int) -> torch.Tensor:

@@ -41,6 +41,10 @@ class Elsewhere(torch.Tensor):
     def tolist(self) -> Any:
         return self.here.tolist()
 
+    def new_tensor(self, data: Any) -> torch.Tensor:  # type: ignore[override]
+        # As `torch.tensor` below.
+        return self.here.new_tensor(data).to(DEVICE)
+
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         return carry_out(function, args, kwargs or {})

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core import catalog, poisoning
-from core.images import ImageSet
+from core import augment, catalog, poisoning
+from core.images import ImageSet, as_floats
 from core.run import Run
 from tests.conftest import Case
 from tests.core.elsewhere import pretended
@@ -91,6 +91,14 @@ def test_every_method_runs_on_it(name: str, placed: bool, case: Case, tmp_path: 
         (folder / "job.json").write_text(json.dumps(spec | {"device": str(device)}))
         code, events = engine(folder)
     assert code == 0 and events[-1]["type"] == "result", events[-1]
+
+
+@pytest.mark.parametrize("name", ["simclr", *augment.TRANSFORMATIONS])
+def test_every_augmentation_works_on_it(name: str) -> None:
+    changed, images = augment.simclr() if name == "simclr" else augment.TRANSFORMATIONS[name], as_floats(noise(8).images)
+    wanted = changed(images, Run(seed=1).generator("views"))
+    with pretended() as device:
+        assert torch.equal(changed(images.to(device), Run(seed=1).generator("views")).cpu(), wanted)
 
 
 @pytest.mark.parametrize("name", FITTED)
