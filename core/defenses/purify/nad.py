@@ -14,7 +14,7 @@ from core.errors import LayerMissing
 from core.images import as_floats
 from core.run import Run
 from core.training import steps
-from core.tuning import Repeating, cross_entropy, tune
+from core.tuning import Repeating, cross_entropy, rate_field, tune
 
 # Pixels of the images that the published betas are made for.
 PIXELS = 32 * 32
@@ -24,6 +24,9 @@ class NAD(Repeating):
     """Parameters; `cutout` and `nesterov` belong to the published code, and MCLDef's comparison is taken to be without them."""
 
     method: Literal["nad"]
+    learning_rate: float = rate_field(
+        0.1, "Of the teacher's first epoch (then a tenth, and a hundredth from half of its epochs on) and of the student's first two (then a tenth)."
+    )
     teacher_epochs: int = Field(default=10, ge=1, le=1000, title="Teacher's epochs")
     betas: tuple[float, ...] = Field(
         default=(500.0, 1000.0, 1000.0), min_length=1, max_length=8, title="Betas",
