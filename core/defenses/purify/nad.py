@@ -36,7 +36,7 @@ class NAD(Repeating):
         default=True,
         title="Scale the betas",
         description="An attention map has norm one and its loss is a mean over its pixels, so the same beta weighs more on smaller maps, and tears features apart. Betas are for "
-        "images of 32x32; on smaller ones they are multiplied by the share of pixels. As published: off.",
+        "images of 32x32; on smaller ones they are multiplied by the share of pixels squared: once for that mean, once since accuracy was lost without it. As published: off.",
     )
     power: float = Field(default=2.0, gt=0, le=10, title="Power", description="p of the attention map.")
     cutout: bool = Field(default=False, title="Cutout", description="A grey square of three pixels in every training image.")
@@ -47,7 +47,7 @@ class NAD(Repeating):
     title="Neural attention distillation",
     paper="Li et al., Neural Attention Distillation, ICLR 2021",
     needs=(Need.MODEL, Need.CLEAN_IMAGES, Need.CLEAN_LABELS),
-    caution="Its first epochs have a high rate: a WRN-16-1 with 2,500 clean images lost 1 to 8 points of accuracy. Small models with 300 lost up to 4; without crops (`augment`) they kept warps and blends, an ASR of up to 95 %.",
+    caution="Its first epochs have a high rate: a WRN-16-1 with 2,500 clean images lost 1 to 8 points of accuracy. Small models with 300 lost up to 3.2; without crops (`augment`) they kept nearly every backdoor, an ASR of 49 to 100 %.",
 )
 def run(run: Run, inputs: Inputs, params: NAD) -> Outcome:
     """Fine-tune a teacher, then fine-tune the model with its attention maps held to the teacher's."""
@@ -62,7 +62,7 @@ def run(run: Run, inputs: Inputs, params: NAD) -> Outcome:
             "Give fewer `betas`, or another method.",
         )
     pixels = inputs.clean.images[0, 0].numel()
-    betas = [beta * (min(pixels / PIXELS, 1) if params.scale_betas else 1) for beta in params.betas]
+    betas = [beta * (min(pixels / PIXELS, 1) ** 2 if params.scale_betas else 1) for beta in params.betas]
     teacher = suspect.frozen_copy().requires_grad_(True)
     run.phase("fine-tuning the teacher")
     teaching = params.model_copy(update={"epochs": params.teacher_epochs})
