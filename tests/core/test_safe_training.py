@@ -179,6 +179,24 @@ def test_the_stem_does_not_change_when_the_head_is_replaced() -> None:
     assert any(not torch.equal(before[name], after[name]) for name in fresh)
 
 
+def test_the_error_of_the_reconstruction_is_that_of_the_clean_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = digits.load()
+    decoders: list[torch.nn.Module] = []
+
+    def seen(*given: Any) -> torch.nn.Module:
+        decoders.append(decoder_for(*given))
+        return decoders[-1]
+
+    monkeypatch.setattr(trap_and_replace, "decoder_for", seen)
+    params = TrapAndReplace(method="trap_and_replace", recipe="cpu", training_epochs=1, head_epochs=1, compare=False)
+    outcome = trap_and_replace.run(Run(device="cpu"), Inputs(clean=data.clean, suspect=data.train.subset(torch.arange(300)), preprocessing=digits.GREY), params)
+    assert outcome.model is not None
+    with torch.no_grad():
+        images = data.clean.images.float() / 255
+        drawn = decoders[0].eval()(outcome.model.network.stem(images))  # type: ignore[operator]
+    assert outcome.findings["reconstruction_error"] == pytest.approx(float(((drawn - images) ** 2).mean()), rel=1e-4)
+
+
 def test_dropout_lies_between_the_convolutions_and_before_the_last_norm() -> None:
     data = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4))
     model = victim.untrained(Run(device="cpu"), "x", "wrn-16-1-replaced-5", data, Preprocessing((0.0,) * 3, (1.0,) * 3))

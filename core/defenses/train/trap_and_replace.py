@@ -15,6 +15,7 @@ from core.augment import crop_and_flip
 from core.catalog import Inputs, Need, Outcome, defense
 from core.classifier import Classifier
 from core.errors import BadDataset
+from core.images import as_floats
 from core.losses import total_variation
 from core.run import Run
 from core.schooling import Compared, plain
@@ -74,8 +75,15 @@ def run(run: Run, inputs: Inputs, params: TrapAndReplace) -> Outcome:
         run, "trap", data=suspect, loss=training.supervised(bait), network=both, optimizer=victim.optimizer(both, recipe), schedule=victim.rates(recipe),
         epochs=recipe.epochs, batch_size=min(recipe.batch_size, len(suspect)), augment=crop_and_flip(mirror=params.mirror), prepare=both.train,
     )  # fmt: skip
+    both.eval()
+    error = 0.0
+    with torch.no_grad():
+        for chunk in clean.images.split(100):
+            images = as_floats(chunk.to(run.device))
+            trap(images)
+            error += float(F.mse_loss(decoder(caught.pop()).float(), images, reduction="sum")) / clean.images.numel()
     hook.remove()
-    trap.eval()
+    run.log(f"the stem's features rebuild images with a mean squared error of {error:.4f}", reconstruction_error=error)
 
     model = victim.untrained(run, "replace", replaced, suspect, inputs.preprocessing)
     stem = {name: value for name, value in trap.network.state_dict().items() if not name.startswith("decoder.")}
@@ -110,7 +118,7 @@ def run(run: Run, inputs: Inputs, params: TrapAndReplace) -> Outcome:
         one.remove()
     model.eval().requires_grad_(True)
     baseline = plain(run, inputs, params, architecture=simple) if params.compare else None
-    return Outcome(model=model, baseline=baseline, findings={"trap_loss": trapped, "replace_loss": patched})
+    return Outcome(model=model, baseline=baseline, findings={"trap_loss": trapped, "reconstruction_error": error, "replace_loss": patched})
 
 
 def decoder_for(trap: Classifier, end: str, image: torch.Tensor) -> nn.Module:
