@@ -48,14 +48,17 @@ class Child:
             [*command, str(folder)], env=environment, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         threading.Thread(target=self._listen, daemon=True).start()
-        threading.Thread(target=self._overhear, daemon=True).start()
+        self._overhearing = threading.Thread(target=self._overhear, daemon=True)
+        self._overhearing.start()
 
     def wait(self) -> int:
         """Wait until it has ended; return its exit code."""
         return self._process.wait()
 
     def last_words(self) -> str:
-        """Return the last line of its stderr, at most 300 characters."""
+        """Return the last line of its stderr, at most 300 characters; to be asked once it has ended."""
+        # Its end is seen before the thread has read all it said; a child of its own may hold stderr open for longer.
+        self._overhearing.join(GRACE_SECONDS)
         return b"".join(self._errors[-20:]).decode(errors="replace").strip().rsplit("\n", 1)[-1][:300]
 
     def kill(self) -> None:
