@@ -16,9 +16,9 @@ from worker import supervisor, sweeper
 
 
 class SlowObjects(Objects):
-    """A store that takes three leases for every file."""
+    """A store that takes two leases for every file."""
 
-    seconds = 3.0
+    seconds = 6.0
 
     def put(self, *arguments: Any, **named: Any) -> tuple[str, int]:
         time.sleep(self.seconds)
@@ -27,7 +27,7 @@ class SlowObjects(Objects):
 
 def test_a_slow_store_does_not_cost_the_job(make_stack: StackMaker, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = f"sh {Path(__file__).parent / 'instant_engine.sh'} {tmp_path / 'runs'}"
-    stack = make_stack("laptop", UNPOISON_LEASE_SECONDS="1", UNPOISON_BEAT_SECONDS="0.1", UNPOISON_ENGINE_COMMAND=engine)
+    stack = make_stack("laptop", UNPOISON_LEASE_SECONDS="3", UNPOISON_BEAT_SECONDS="0.2", UNPOISON_ENGINE_COMMAND=engine)
     stack.start_api()
     for name, value in stack.environment.items():
         monkeypatch.setenv(name, value)
