@@ -50,7 +50,7 @@ class TrapAndReplace(Compared, victim.Training):
     title="Trap-and-Replace",
     paper="Wang et al., Trap and Replace: Defending Backdoor Attacks by Trapping Them into an Easy-to-Replace Subnetwork, NeurIPS 2022",
     needs=(Need.SUSPECT_DATASET, Need.CLEAN_IMAGES, Need.CLEAN_LABELS),
-    caution="With a fifth of its epochs on CIFAR-10 it kept a smooth field and clean-label stripes out, small patches and a blended picture nearly (an ASR of 2 to 11 %); it let an l0 pattern (18 %), stripes on other classes' images (22 %) and label-consistent poison (45 %) in, and noise from pixel to pixel whole: Trojan's square (87 %) and watermark (98 %), an l2 pattern (89 %; with all of its epochs 99.7 %); on small sets, with half of its epochs, blends, stripes, warps and patches stayed.",
+    caution="With a fifth of its epochs on CIFAR-10 it kept a smooth field and clean-label stripes out, small patches and a blended picture nearly (an ASR of 2 to 11 %); it let an l0 pattern (18 %), stripes on other classes' images (22 %) and label-consistent poison (45 %) in, and nearly all of what is noise from pixel to pixel: Trojan's square (87 %) and watermark (98 %), an l2 pattern (89 %; with all of its epochs 99.7 %); on small sets, with half of its epochs, blends, stripes, warps and patches stayed.",
 )
 def run(run: Run, inputs: Inputs, params: TrapAndReplace) -> Outcome:
     """Train stem, head and decoder on the suspect set, then a new head on the frozen stem with clean images."""
