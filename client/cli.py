@@ -83,14 +83,13 @@ def _uploads(group: typer.Typer, kind: str, columns: list[str]) -> None:
     def upload(file: File, name: Annotated[str | None, typer.Option(help="What to call it.")] = None, resize: Resize = None) -> None:
         with output.client() as client, output.transfer(f"uploading {file.name}") as told:
             found = getattr(client, kind).upload(file, name=name, resize=resize, progress=told)
-        output.show(found, columns)
+        output.show(found if output.quiet or output.as_json else {**{name: found[name] for name in columns}, **_described(found)}, [])
 
     @group.command("inspect", help="Say what a file is, or why it would be refused; nothing is stored.")
     def inspect(file: File, resize: Resize = None) -> None:
         with output.client() as client, output.transfer(f"sending {file.name}") as told:
             found = getattr(client, kind).inspect(file, resize=resize, progress=told)
-        # The tensors' names fill pages; --json has them.
-        output.show(found if output.as_json else {"sha256": found["sha256"], **{k: v for k, v in found["description"].items() if k != "tensors"}}, [])
+        output.show(found if output.as_json else {"sha256": found["sha256"], **_described(found)}, [])
 
     @group.command("ls", help=f"List {kind}.")
     def listing() -> None:
@@ -100,7 +99,8 @@ def _uploads(group: typer.Typer, kind: str, columns: list[str]) -> None:
     @group.command("show", help="Show one.")
     def show(item: Id) -> None:
         with output.client() as client:
-            output.show(getattr(client, kind).get(item), [])
+            found = getattr(client, kind).get(item)
+        output.show(found if output.quiet or output.as_json else {**{k: v for k, v in found.items() if k != "description"}, **_described(found)}, [])
 
     @group.command("rm", help="Delete one; refused while a job needs it.")
     def remove(item: Id) -> None:
@@ -309,8 +309,10 @@ def report(job: Id) -> None:
         if any(cells):
             table.add_row(name, *cells)
     what = found["recognised"]["architecture"] if found["recognised"] else f"{found['inputs']['suspect_images']} training images"
-    say(f"{found['method']} on {what}, {found['measured_on'] or 'nothing to measure on'}", console=out)
-    out.print(table)
+    measured = "" if found["kind"] == "cleanse" else f", {found['measured_on'] or 'nothing to measure on'}"
+    say(f"{found['method']} on {what}{measured}", console=out)
+    if table.rows:
+        out.print(table)
     for verdict, why in _verdicts(found):
         say(f"{verdict}: {why}", console=out)
     if found.get("cleansing"):
@@ -322,14 +324,22 @@ def report(job: Id) -> None:
 # -- shared --------------------------------------------------------------------------------------------------------
 
 
+def _described(found: Json) -> Json:
+    """Return what was understood of an upload, field by field. The tensors' names fill pages; --json has them."""
+    return {name: value for name, value in (found["description"] or {}).items() if name != "tensors"}
+
+
 def _verdicts(found: Json) -> list[tuple[str, str]]:
     """Return what a job's results or report say of the model that came out, of the training set, or of the model that was inspected, with the reason."""
     said = []
     if found.get("verdict"):
         said.append((found["verdict"]["verdict"], f"{'; '.join(found['verdict']['reasons'])}. {found['verdict']['advice']}".rstrip()))
     if found.get("cleansing"):
+        set_, names = found["cleansing"], found.get("class_names")
+        target = set_["target"] if set_["verdict"] == "poisoned" else None
+        which = "" if target is None else f"class {target} ({names[target]})" if names else f"class {target}"
         # Reports of services before this one have no `missed`.
-        said.append((found["cleansing"]["verdict"], ". ".join(filter(None, (found["cleansing"]["evidence"], found["cleansing"].get("missed"))))))
+        said.append((set_["verdict"], ". ".join(filter(None, (which, set_["evidence"], set_.get("missed"))))))
     elif "verdict" in found["findings"]:
         said.append((found["findings"]["verdict"], found["findings"]["reason"]))
     return said
@@ -362,7 +372,11 @@ def _ended(job: Json, require: list[str] | None) -> int:
         said = _verdicts(job["results"])
         for verdict, why in said:
             say(f"{verdict}: {why}")
-        say(f"unpoison report {job['id']}   unpoison artifacts get {job['id']} -o clean.safetensors")
+        say(f"unpoison report {job['id']}")
+        if job["cleaned_model_id"]:
+            say(f"unpoison artifacts get {job['id']} -o clean.safetensors")
+        if job["cleansed_dataset_id"]:
+            say(f"unpoison artifacts get {job['id']} --kind manifest   unpoison datasets download {job['cleansed_dataset_id']} -o FILE")
         if require and not any(verdict in require for verdict, _ in said):
             return EXIT_VERDICT
     return EXIT[job["status"]]

@@ -358,6 +358,8 @@ def _check(session: Session, caller: Caller, body: schemas.NewJob, method: catal
             raise Problem("dataset_invalid", f"The {role} data set has {described['channels']} channels, {whose} {judged['channels']}.")
         if role != "clean" and not described["labelled"]:
             raise Problem("dataset_invalid", f"The {role} images have no labels. Upload them as a folder a class, or with a `labels` array.")
+    _check_apart(suspect, clean, test, triggered)
+    _check_names([data for data in (suspect, clean, test, triggered) if data is not None])
     if body.evaluation and body.evaluation.attack and test is not None:
         _check_attack(body.evaluation.attack, test, classes)
     if clean is not None and catalog.Need.CLEAN_LABELS in needed and not (clean.description or {})["labelled"]:
@@ -365,6 +367,27 @@ def _check(session: Session, caller: Caller, body: schemas.NewJob, method: catal
     candidates = judged.get("candidates", ())
     if model is not None and body.architecture is not None and body.architecture not in candidates:
         raise Problem("architecture_mismatch", f"The checkpoint is {' or '.join(candidates)}, not {body.architecture}.")
+
+
+def _check_apart(suspect: Dataset | None, clean: Dataset | None, test: Dataset | None, triggered: Dataset | None) -> None:
+    """Refuse to compare a training set with itself: whatever it holds would look usual."""
+    for role, data in (("clean", clean), ("test", test), ("triggered", triggered)):
+        if suspect is not None and data is not None and data.sha256 == suspect.sha256:
+            detail = f"The {role} images are the very file that is not trusted. Give images from a source that you trust, or a method that needs none."
+            raise Problem("invalid_parameters", detail)
+
+
+def _check_names(given: list[Dataset]) -> None:
+    """Refuse data sets whose classes do not have the same names in the same order: labels are compared by their numbers."""
+    named = [data for data in given if (data.description or {})["labelled"] and (data.description or {})["class_names"]]
+    for data in named[1:]:
+        for label, (one, other) in enumerate(zip(*((which.description or {})["class_names"] for which in (named[0], data)), strict=True)):
+            if one != other:
+                detail = (
+                    f"Class {label} is '{one}' in data set {named[0].id} and '{other}' in {data.id}. Give the classes the same names and order: folders "
+                    "count alphabetically, or as a classes.txt lists them."
+                )
+                raise Problem("dataset_invalid", detail)
 
 
 def _check_suspect(suspect: Dataset, defense: Any) -> None:

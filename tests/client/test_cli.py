@@ -89,11 +89,13 @@ def test_a_training_set_is_cleansed(service: Stack, case: Case, tmp_path: Path) 
 
     poisoned = digits.poisoned(case.data.train, BadNets(method="badnets", target=5, sampling="S2"))
     suspect = run("-q", "datasets", "upload", str(digits.npz(poisoned, tmp_path / "crowd.npz")))
+    understood = run("datasets", "upload", str(case.clean))
+    assert "class_names" in understood and "unreadable" in understood and "│ tensors " not in run("models", "upload", str(case.model))
     clean = run("-q", "datasets", "upload", str(case.clean))
     quick = ("-p", "architecture=wrn-10-1", "-p", "recipe=cpu", "-p", "training_epochs=20")
     job = run("-q", "jobs", "submit", "--suspect", suspect, "--dataset", clean, "--method", "scan", *quick, "--wait")
     said = run("report", job)
-    assert "1000 training images" in said and "poisoned" in said and "dropped" in said
+    assert "1000 training images" in said and "poisoned: class 5 (" in said and "dropped" in said and "before" not in said
     manifest = tmp_path / "manifest.jsonl"
     run("artifacts", "get", job, "--kind", "manifest", "-o", str(manifest))
     kept = sum(json.loads(line)["action"] == "kept" for line in manifest.read_text().splitlines())
@@ -121,11 +123,15 @@ HOSTILE = "[/red] [link=https://evil]x[/link] {0.__class__}"
 
 
 def test_a_verdict_comes_with_what_may_be_left() -> None:
-    cleansing = {"verdict": "poisoned", "evidence": "class 5 stands out", "missed": "half of it is still in the set"}
+    cleansing = {"verdict": "poisoned", "target": 1, "evidence": "its ratio stands out", "missed": "half of it is still in the set"}
     found = {"verdict": None, "cleansing": cleansing, "findings": {}}
-    assert _verdicts(found) == [("poisoned", "class 5 stands out. half of it is still in the set")]
+    assert _verdicts(found) == [("poisoned", "class 1. its ratio stands out. half of it is still in the set")]
     del cleansing["missed"]
-    assert _verdicts(found) == [("poisoned", "class 5 stands out")]
+    assert _verdicts({**found, "class_names": ["cat", "dog"]}) == [("poisoned", "class 1 (dog). its ratio stands out")]
+    cleansing["target"] = None
+    assert _verdicts(found) == [("poisoned", "its ratio stands out")]
+    cleansing |= {"verdict": "inconclusive", "target": 1}
+    assert _verdicts(found) == [("inconclusive", "its ratio stands out")]
 
 
 def test_names_are_shown_and_not_obeyed(api: Stack, case: Case, tmp_path: Path) -> None:

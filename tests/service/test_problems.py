@@ -170,7 +170,18 @@ PROVOKED: list[tuple[str, str, Callable[[World], httpx.Response]]] = [
     ("dataset_invalid", "channels", lambda w: w.http.post("/v1/jobs", json=w.job(dataset_id=coloured(w)))),
     ("dataset_invalid", "no labels", lambda w: w.http.post("/v1/jobs", json=w.job(defense={"method": "fine_tuning"}, dataset_id=unlabelled(w)))),
     ("dataset_invalid", "no labels", lambda w: w.http.post("/v1/jobs", json=w.job(evaluation={"dataset_id": unlabelled(w)}))),
+    ("dataset_invalid", "Class 1 is 'dog' in data set", lambda w: w.http.post("/v1/jobs", json=cleansing(w, ("cat", "dog"), ("cat", "horse")))),
+    ("invalid_parameters", "the very file that is not trusted", lambda w: w.http.post("/v1/jobs", json=cleansing(w, ("cat", "dog"), ("cat", "dog")))),
 ]
+
+
+def cleansing(world: World, *names: tuple[str, ...]) -> dict[str, Any]:
+    """Ask for a training set to be cleansed with the help of the same pictures, whose classes have these names in the one and in the other."""
+    suspect, clean = (
+        world.put("datasets", npz(images=np.zeros((20, 16, 16, 1), np.uint8), labels=np.arange(20) % 2, class_names=np.array(which))).json()["id"]
+        for which in names
+    )
+    return {"suspect_dataset_id": suspect, "dataset_id": clean, "defense": {"method": "scan", "architecture": "wrn-10-1"}}
 
 
 def other_classes(world: World) -> str:
