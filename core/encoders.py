@@ -19,6 +19,8 @@ from core.images import ImageSet
 from core.losses import supervised_contrastive
 from core.run import Run
 
+# Of the linear classifiers.
+MOMENTUM = 0.9
 # Says which images of a batch are alike: (n,) indices into the set → (n, n) bool.
 Alike = Callable[[torch.Tensor], torch.Tensor]
 
@@ -32,6 +34,16 @@ class Encoding(Mirroring):
     encoder_epochs: int = Field(default=1000, ge=1, le=10_000, title="Epochs of the encoder")
     encoder_batch: int = Field(default=512, ge=2, le=8192, title="Batch size of the encoder", description="Images; each is seen in two views.")
     encoder_rate: float = Field(default=0.5, gt=0, le=10, title="Learning rate of the encoder", description="Reached by a linear rise, left by a cosine.")
+
+
+class Heading(Mirroring):
+    """How a linear classifier on a frozen encoder is trained."""
+
+    bound_rate: bool = Field(
+        default=True,
+        title="Bound the classifier's rate",
+        description="Where the features are so long that the published rate, 5, could make the linear classifier diverge, take the highest one that cannot; off as published.",
+    )
 
 
 class Encoder(nn.Module):
@@ -105,18 +117,27 @@ def train_head(
     epochs: int,
     schedule: training.Schedule,
     batch_size: int,
-    mirror: bool,
+    how: Heading,
+    over: ImageSet | None = None,
     after_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> list[float]:
     """Train a new last layer on a frozen backbone, in place, on one SimCLR view of each image; return each epoch's mean loss.
 
-    SGD (momentum 0.9, no weight decay); the backbone stays in eval mode. As published for D-ST's second stage and for SupContrast's classifier.
+    SGD (momentum 0.9, no weight decay); the backbone stays in eval mode. As published for D-ST's second stage and for SupContrast's classifier,
+    but for a rate that could diverge (`bound_rate`): then the whole schedule is lowered.
 
     Args:
-        loss: of logits (n, classes) and the images' indices in `data` (n,).
+        loss: of logits (n, classes) and the images' indices in `data` (n,); curved nowhere more than a mean cross-entropy.
+        over: the images that it is a mean over; all of `data` if left out.
+
+    Raises `OutputsNotFinite`.
     """
     views = run.generator(name, "views")
-    view = simclr(mirror=mirror)
+    view = simclr(mirror=how.mirror)
+    lowered = 1.0
+    if how.bound_rate and (highest := run.once(f"{name} rate", lambda: highest_rate(run, model.eval(), data if over is None else over))) < schedule(0):
+        run.log(f"the linear classifier's rate is {highest:.3g}, not {schedule(0):g}, with which features as long as these could make it diverge")
+        lowered = highest / schedule(0)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=run.generator(name, "weights"))))
         model.head.reset_parameters()
@@ -130,11 +151,24 @@ def train_head(
 
     history = training.fit(
         run, name, data=numbered(data), loss=training.supervised(indexed), network=model,
-        optimizer=torch.optim.SGD(model.head.parameters(), lr=schedule(0), momentum=0.9), schedule=schedule, epochs=epochs,
+        optimizer=torch.optim.SGD(model.head.parameters(), lr=schedule(0), momentum=MOMENTUM),
+        schedule=lambda epoch: lowered * schedule(epoch), epochs=epochs,
         batch_size=min(batch_size, len(data)), prepare=model.eval, after_epoch=after_epoch, state={"views": views},
     )  # fmt: skip
     model.requires_grad_(True)
     return history
+
+
+def highest_rate(run: Run, model: Classifier, data: ImageSet) -> float:
+    """Return the highest rate at which gradient descent with momentum on a linear classifier of a backbone's features cannot diverge.
+
+    That is 2 (1 + momentum) / L (Polyak, 1964) where the loss is nowhere curved by more than L. Cross-entropy of a softmax is not by more than half
+    of the largest eigenvalue of the features' second moments, the bias a feature that is 1 (Böhning, 1992).
+
+    Raises `OutputsNotFinite`.
+    """
+    features = F.pad(collect(run, model.features, data), (0, 1), value=1.0).double()
+    return 4 * (1 + MOMENTUM) / float(torch.linalg.eigvalsh(features.T @ features / len(features))[-1])
 
 
 def numbered(data: ImageSet) -> ImageSet:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from benchmarks import digits
-from core import catalog, evaluation, losses, poisoning, victim
+from core import catalog, encoders, evaluation, losses, poisoning, training, victim
+from core.architectures.wide_resnet import WideResNet
 from core.attacks.blend import Blend
 from core.catalog import Inputs, Outcome
 from core.classifier import Classifier, Preprocessing
@@ -18,7 +20,7 @@ from core.defenses.train import d_br, dbd, trap_and_replace
 from core.defenses.train.d_br import DBR
 from core.defenses.train.trap_and_replace import TrapAndReplace, add_dropout, cut_and_mix, decoder_for
 from core.errors import BadDataset, SplitEmpty
-from core.images import ImageSet
+from core.images import ImageSet, as_floats
 from core.run import Run
 from core.schooling import Divided
 from core.split import Verdict, of_flags
@@ -76,6 +78,56 @@ def test_a_training_mirrors_unless_told_otherwise(case: str) -> None:
 
 
 # -- D-BR --------------------------------------------------------------------------------------------------------------
+
+
+def with_long_features(times: float) -> Classifier:
+    """Return a backbone whose features are this many times as long as an untrained one's."""
+    model = victim.untrained(Run(device="cpu"), "long", "wrn-10-1", digits.load().train, digits.GREY)
+    network = model.network
+    assert isinstance(network, WideResNet)
+    with torch.no_grad():
+        network.bn1.weight.mul_(times)
+        network.bn1.bias.mul_(times)
+    return model.eval()
+
+
+def test_the_highest_rate_is_that_of_the_features_second_moments() -> None:
+    data, model = digits.load().train.subset(torch.arange(60)), with_long_features(3)
+    moments = np.zeros((65, 65))
+    with torch.no_grad():
+        for image in data.images:
+            feature = np.append(model.features(as_floats(image[None]))[0].double().numpy(), 1.0)
+            moments += np.outer(feature, feature) / 60
+    curvature = max(np.linalg.eigvalsh(moments)) / 2
+    assert encoders.highest_rate(Run(device="cpu"), model, data) == pytest.approx(2 * (1 + 0.9) / curvature, rel=1e-5)
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_linear_classifier_of_long_features_diverges_unless_its_rate_is_bound(bound: bool) -> None:
+    data, model = digits.load().train, with_long_features(10)
+    assert data.labels is not None
+    labels = data.labels
+    history = encoders.train_head(
+        Run(device="cpu"), "head", model, data, lambda logits, which: F.cross_entropy(logits, labels[which]), epochs=10,
+        schedule=training.steps((0, 5.0)), batch_size=512, how=encoders.Heading(mirror=False, bound_rate=bound),
+    )  # fmt: skip
+    # Ten digits that are not told apart at all cost log(10).
+    assert history[-1] < math.log(10) if bound else history[-1] > math.log(10)
+
+
+def test_a_rate_that_cannot_diverge_stays_as_it_is() -> None:
+    data = digits.load().train
+    assert data.labels is not None
+    labels = data.labels
+    ends = []
+    for bound in (True, False):
+        model = with_long_features(0.01)
+        encoders.train_head(
+            Run(device="cpu"), "head", model, data, lambda logits, which: F.cross_entropy(logits, labels[which]), epochs=1,
+            schedule=training.steps((0, 0.5)), batch_size=512, how=encoders.Heading(bound_rate=bound),
+        )  # fmt: skip
+        ends.append(model.head.weight)
+    assert torch.equal(*ends)
 
 
 def test_unlikelihood_is_exact_where_one_minus_p_rounds_to_zero() -> None:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from core import encoders, training, victim
 from core.catalog import Inputs, Need, Outcome, defense
-from core.encoders import Encoding
+from core.encoders import Encoding, Heading
 from core.losses import alike_where_clean, mixed_cross_entropy
 from core.run import Run
 from core.schooling import AnySplit, Compared, divide, plain, split_field
@@ -18,7 +18,7 @@ from core.schooling import AnySplit, Compared, divide, plain, split_field
 BASE_TEMPERATURE = 0.07
 
 
-class DST(Compared, Encoding, victim.Training):
+class DST(Compared, Encoding, Heading, victim.Training):
     """Parameters; the defaults are the published ones for CIFAR-10."""
 
     method: Literal["d_st"]
@@ -31,7 +31,7 @@ class DST(Compared, Encoding, victim.Training):
     )
     poisoned_weight: float = Field(default=0.001, ge=0, le=10, title="Weight of the poisoned part", description="lambda_p, of Eq. 3.")
     head_epochs: int = Field(default=10, ge=1, le=1000, title="Epochs of the classifier")
-    head_rate: float = Field(default=5.0, gt=0, le=100, title="Learning rate of the classifier", description="Constant.")
+    head_rate: float = Field(default=5.0, gt=0, le=100, title="Learning rate of the classifier", description="Constant, and lower where `bound_rate` says so.")
 
 
 @defense(
@@ -64,7 +64,7 @@ def run(run: Run, inputs: Inputs, params: DST) -> Outcome:
     run.phase("learning to classify")
     heading = encoders.train_head(
         run, "classifier", model, suspect.subset(known), loss, epochs=params.head_epochs, schedule=training.steps((0, params.head_rate)),
-        batch_size=512, mirror=params.mirror, after_epoch=lambda epoch: inputs.watch(model),
+        batch_size=512, how=params, over=suspect.subset(clean.nonzero()[:, 0]), after_epoch=lambda epoch: inputs.watch(model),
     )  # fmt: skip
     findings = {**divided.findings(), "encoder_loss": encoding, "classifier_loss": heading}
     return Outcome(

@@ -9,13 +9,13 @@ from pydantic import Field
 
 from core import catalog, encoders, training, victim
 from core.catalog import Inputs, Need, Outcome, defense
-from core.encoders import Encoding
+from core.encoders import Encoding, Heading
 from core.errors import SplitEmpty
 from core.run import Run
 from core.schooling import AnySplit, Compared, plain, split_field
 
 
-class Retrain(Compared, victim.Training):
+class Retrain(Compared, Heading, victim.Training):
     """Parameters; `supcon` with its defaults is the last step of SSL cleansing."""
 
     method: Literal["retrain"]
@@ -66,7 +66,7 @@ def run(run: Run, inputs: Inputs, params: Retrain) -> Outcome:
         run.phase("learning to classify")
         findings["classifier_loss"] = encoders.train_head(
             run, "linear", model, kept, lambda logits, which: F.cross_entropy(logits, labels[which]), epochs=params.head_epochs,
-            schedule=drops(params.head_epochs), batch_size=512, mirror=params.mirror, after_epoch=lambda epoch: inputs.watch(model),
+            schedule=drops(params.head_epochs), batch_size=512, how=params, after_epoch=lambda epoch: inputs.watch(model),
         )  # fmt: skip
     inputs.watch(model)
     baseline = plain(run, inputs, params) if params.compare else None
