@@ -42,7 +42,7 @@ class Heading(Mirroring):
     bound_rate: bool = Field(
         default=True,
         title="Bound the classifier's rate",
-        description="Where the features are so long that the published rate, 5, could make the linear classifier diverge, take the highest one that cannot; off as published.",
+        description="Where the features are so long that the published rate, 5, makes the linear classifier diverge, take the highest one at which it is stable; off as published.",
     )
 
 
@@ -124,7 +124,7 @@ def train_head(
     """Train a new last layer on a frozen backbone, in place, on one SimCLR view of each image; return each epoch's mean loss.
 
     SGD (momentum 0.9, no weight decay); the backbone stays in eval mode. As published for D-ST's second stage and for SupContrast's classifier,
-    but for a rate that could diverge (`bound_rate`): then the whole schedule is lowered.
+    but for a rate that is not stable (`bound_rate`): then the whole schedule is lowered.
 
     Args:
         loss: of logits (n, classes) and the images' indices in `data` (n,); curved nowhere more than a mean cross-entropy.
@@ -136,7 +136,7 @@ def train_head(
     view = simclr(mirror=how.mirror)
     lowered = 1.0
     if how.bound_rate and (highest := run.once(f"{name} rate", lambda: highest_rate(run, model.eval(), data if over is None else over))) < schedule(0):
-        run.log(f"the linear classifier's rate is {highest:.3g}, not {schedule(0):g}, with which features as long as these could make it diverge")
+        run.log(f"the linear classifier's rate is {highest:.3g}, not {schedule(0):g}, with which features as long as these make it diverge")
         lowered = highest / schedule(0)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=run.generator(name, "weights"))))
@@ -160,10 +160,10 @@ def train_head(
 
 
 def highest_rate(run: Run, model: Classifier, data: ImageSet) -> float:
-    """Return the highest rate at which gradient descent with momentum on a linear classifier of a backbone's features cannot diverge.
+    """Return the highest rate at which gradient descent with momentum on a linear classifier of a backbone's features is stable.
 
-    That is 2 (1 + momentum) / L (Polyak, 1964) where the loss is nowhere curved by more than L. Cross-entropy of a softmax is not by more than half
-    of the largest eigenvalue of the features' second moments, the bias a feature that is 1 (Böhning, 1992).
+    That is 2 (1 + momentum) / L for a quadratic that is nowhere curved by more than L (Polyak, 1964). Cross-entropy of a softmax is not by more
+    than half of the largest eigenvalue of the features' second moments, the bias a feature that is 1 (Böhning, 1992).
 
     Raises `OutputsNotFinite`.
     """

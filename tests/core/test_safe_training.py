@@ -115,7 +115,7 @@ def test_a_linear_classifier_of_long_features_diverges_unless_its_rate_is_bound(
     assert history[-1] < math.log(10) if bound else history[-1] > math.log(10)
 
 
-def test_a_rate_that_cannot_diverge_stays_as_it_is() -> None:
+def test_a_rate_that_is_stable_stays_as_it_is() -> None:
     data = digits.load().train
     assert data.labels is not None
     labels = data.labels
