@@ -83,13 +83,13 @@ def _uploads(group: typer.Typer, kind: str, columns: list[str]) -> None:
     def upload(file: File, name: Annotated[str | None, typer.Option(help="What to call it.")] = None, resize: Resize = None) -> None:
         with output.client() as client, output.transfer(f"uploading {file.name}") as told:
             found = getattr(client, kind).upload(file, name=name, resize=resize, progress=told)
-        output.show(found if output.quiet or output.as_json else {**{name: found[name] for name in columns}, **_described(found)}, [])
+        _show_upload(found, columns)
 
     @group.command("inspect", help="Say what a file is, or why it would be refused; nothing is stored.")
     def inspect(file: File, resize: Resize = None) -> None:
         with output.client() as client, output.transfer(f"sending {file.name}") as told:
             found = getattr(client, kind).inspect(file, resize=resize, progress=told)
-        output.show(found if output.as_json else {"sha256": found["sha256"], **_described(found)}, [])
+        _show_upload(found, ["sha256"])
 
     @group.command("ls", help=f"List {kind}.")
     def listing() -> None:
@@ -100,7 +100,7 @@ def _uploads(group: typer.Typer, kind: str, columns: list[str]) -> None:
     def show(item: Id) -> None:
         with output.client() as client:
             found = getattr(client, kind).get(item)
-        output.show(found if output.quiet or output.as_json else {**{k: v for k, v in found.items() if k != "description"}, **_described(found)}, [])
+        _show_upload(found, [name for name in found if name != "description"])
 
     @group.command("rm", help="Delete one; refused while a job needs it.")
     def remove(item: Id) -> None:
@@ -324,9 +324,12 @@ def report(job: Id) -> None:
 # -- shared --------------------------------------------------------------------------------------------------------
 
 
-def _described(found: Json) -> Json:
-    """Return what was understood of an upload, field by field. The tensors' names fill pages; --json has them."""
-    return {name: value for name, value in (found["description"] or {}).items() if name != "tensors"}
+def _show_upload(found: Json, names: list[str]) -> None:
+    """Print these fields of an upload and what was understood of it, or all of it as JSON. The tensors' names fill pages; --json has them."""
+    if not (output.as_json or output.quiet):
+        understood = {name: value for name, value in (found["description"] or {}).items() if name != "tensors"}
+        found = {name: found[name] for name in names} | understood
+    output.show(found, [])
 
 
 def _verdicts(found: Json) -> list[tuple[str, str]]:
@@ -335,11 +338,11 @@ def _verdicts(found: Json) -> list[tuple[str, str]]:
     if found.get("verdict"):
         said.append((found["verdict"]["verdict"], f"{'; '.join(found['verdict']['reasons'])}. {found['verdict']['advice']}".rstrip()))
     if found.get("cleansing"):
-        set_, names = found["cleansing"], found.get("class_names")
-        target = set_["target"] if set_["verdict"] == "poisoned" else None
+        cleansing, names = found["cleansing"], found.get("class_names")
+        target = cleansing["target"] if cleansing["verdict"] == "poisoned" else None
         which = "" if target is None else f"class {target} ({names[target]})" if names else f"class {target}"
         # Reports of services before this one have no `missed`.
-        said.append((set_["verdict"], ". ".join(filter(None, (which, set_["evidence"], set_.get("missed"))))))
+        said.append((cleansing["verdict"], ". ".join(filter(None, (which, cleansing["evidence"], cleansing.get("missed"))))))
     elif "verdict" in found["findings"]:
         said.append((found["findings"]["verdict"], found["findings"]["reason"]))
     return said

@@ -379,12 +379,14 @@ def _check_apart(suspect: Dataset | None, clean: Dataset | None, test: Dataset |
 
 def _check_names(given: list[Dataset]) -> None:
     """Refuse data sets whose classes do not have the same names in the same order: labels are compared by their numbers."""
-    named = [data for data in given if (data.description or {})["labelled"] and (data.description or {})["class_names"]]
-    for data in named[1:]:
-        for label, (one, other) in enumerate(zip(*((which.description or {})["class_names"] for which in (named[0], data)), strict=True)):
+    described = [(data.id, data.description or {}) for data in given]
+    named = [(dataset_id, found["class_names"]) for dataset_id, found in described if found["labelled"] and found["class_names"]]
+    for dataset_id, names in named[1:]:
+        first_id, wanted = named[0]
+        for label, (one, other) in enumerate(zip(wanted, names, strict=True)):
             if one != other:
                 detail = (
-                    f"Class {label} is '{one}' in data set {named[0].id} and '{other}' in {data.id}. Give the classes the same names and order: folders "
+                    f"Class {label} is '{one}' in data set {first_id} and '{other}' in {dataset_id}. Give the classes the same names and order: folders "
                     "count alphabetically, or as a classes.txt lists them."
                 )
                 raise Problem("dataset_invalid", detail)

@@ -77,7 +77,7 @@ def test_a_training_mirrors_unless_told_otherwise(case: str) -> None:
     assert mirrored() and not mirrored(mirror=False)
 
 
-# -- D-BR --------------------------------------------------------------------------------------------------------------
+# -- the linear classifier on an encoder -------------------------------------------------------------------------------
 
 
 def with_long_features(times: float) -> Classifier:
@@ -128,6 +128,9 @@ def test_a_rate_that_is_stable_stays_as_it_is() -> None:
         )  # fmt: skip
         ends.append(model.head.weight)
     assert torch.equal(*ends)
+
+
+# -- D-BR --------------------------------------------------------------------------------------------------------------
 
 
 def test_unlikelihood_is_exact_where_one_minus_p_rounds_to_zero() -> None:

@@ -42,7 +42,7 @@ class ABL(Compared, victim.Training):
     paper="Li et al., Anti-Backdoor Learning: Training Clean Models on Poisoned Data, NeurIPS 2021",
     needs=(Need.SUSPECT_DATASET,),
     caution="The baseline. Of CIFAR-10 with a patch it isolated no poisoned image and kept the whole backdoor; with `trap=flooding` 499 of 500 were poisoned, and ASR fell to "
-    "8 %, of a Trojan pattern to 11, for 2 points of accuracy at most. On small sets it isolated an easy class instead of a blend's or a warp's poison; accuracy fell by 3 to 28 points.",
+    "8 %, of a Trojan pattern to 11, for 2 points of accuracy at most (a class 35). On small sets it isolated an easy class instead of a blend's or a warp's poison; accuracy fell by 3 to 28 points.",
 )
 def run(run: Run, inputs: Inputs, params: ABL) -> Outcome:
     """Isolate the images that are learnt too easily, train on the rest, and unlearn the isolated ones by gradient ascent."""
